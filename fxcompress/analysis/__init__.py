@@ -1,0 +1,1 @@
+"""Facts and plans about a graph; nothing here edits one."""

@@ -1,0 +1,295 @@
+"""Channels, index by index: which indices of which dimensions live and die together.
+
+The graph is walked once, in order, with shapes known. Every index of every channel-like dimension carries *atoms*; an
+index survives if all of its atoms do. Parameters bring fresh atoms, operators relate them (`analysis.transfer` holds
+one rule per kind of operator). Atoms that are tied, directly or through others, form one *group*: it is scored, masked
+and removed as one. What the walk does not understand freezes its inputs, with a reason.
+
+Along with its atoms an index carries the constant that its whole slice holds, if it holds one: that is how a channel
+whose weights were masked is followed through biases, normalisation and activations to where it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import fx, nn
+
+from fxcompress.errors import PassError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.metadata import TensorInfo, info
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Booleans = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a tensor, index by index.
+
+    atoms: shape (k, size); index i survives if all of atoms[:, i] do.
+    constant: shape (size,); the value that the slice at index i holds everywhere, NaN where it varies.
+    """
+
+    atoms: Integers
+    constant: Floats
+
+    def __len__(self) -> int:
+        return int(self.atoms.shape[1])
+
+    def take(self, indices: Integers | slice) -> Axis:
+        """Return the axis with the given indices, in the given order."""
+        return Axis(self.atoms[:, indices], self.constant[indices])
+
+    def with_constant(self, constant: Floats) -> Axis:
+        """Return the same atoms with other constants."""
+        return Axis(self.atoms, constant)
+
+    def varying(self) -> Axis:
+        """Return the same atoms with no constant known."""
+        return Axis(self.atoms, np.full(len(self), np.nan))
+
+
+#: The axes of one tensor; None is a dimension whose size is fixed.
+Axes = tuple["Axis | None", ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A place where the values of channels are consumed: the input axis of a convolution or linear, a normalisation.
+
+    node: the reader. axis: what it reads. harmless: per index, whether the index can go without changing the result
+    (its constant is zero, or its weights are, or what it contributes can be folded). why: what keeps the others.
+    """
+
+    node: fx.Node
+    axis: Axis
+    harmless: Booleans
+    why: str
+
+
+@dataclass(frozen=True)
+class ParameterAxis:
+    """One dimension of a parameter or buffer that channels index.
+
+    paths: every dotted path of the tensor. dimension: which of its dimensions. axis: its atoms. producer: whether the
+    channels are made here (the output dimension of a convolution, linear layer or embedding).
+    """
+
+    paths: tuple[str, ...]
+    dimension: int
+    axis: Axis
+    producer: bool
+
+
+@dataclass
+class Walk:
+    """State of one walk over a graph; the rules of `analysis.transfer` work on it."""
+
+    graph_module: fx.GraphModule
+    follow_constants: bool
+    axes: dict[fx.Node, Any] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    frozen: list[tuple[Integers, str]] = field(default_factory=list)
+    edges: list[tuple[Integers, Integers]] = field(default_factory=list)
+    parameters: dict[tuple[int, int], Axis | None] = field(default_factory=dict)
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+    producers: set[tuple[int, int]] = field(default_factory=set)
+    atom_count: int = 0
+    callers: dict[str, list[fx.Node]] = field(default_factory=dict)
+
+    def fresh(self, size: int, constant: Floats | None = None) -> Axis:
+        """Return an axis of `size` new atoms."""
+        atoms = np.arange(self.atom_count, self.atom_count + size, dtype=np.int64)[None]
+        self.atom_count += size
+        return Axis(atoms, np.full(size, np.nan) if constant is None else constant)
+
+    def freeze(self, axis: Axis | None, why: str) -> None:
+        """Keep every index of an axis, for the reason given."""
+        if axis is not None:
+            self.frozen.append((axis.atoms.ravel(), why))
+
+    def freeze_all(self, axes: Any, why: str) -> None:
+        """Keep every index of every axis in a nest of axes."""
+        if isinstance(axes, Axis):
+            self.freeze(axes, why)
+        elif isinstance(axes, (tuple, list)):
+            for item in axes:
+                self.freeze_all(item, why)
+        elif isinstance(axes, dict):
+            self.freeze_all(tuple(axes.values()), why)
+
+    def link(self, left: Integers, right: Integers) -> None:
+        """Tie atoms pairwise."""
+        self.edges.append((left.ravel(), right.ravel()))
+
+    def tie(self, left: Axis | None, right: Axis | None, why: str) -> Axis | None:
+        """Let equal indices of two axes live and die together; `why` is said where that is not possible."""
+        if left is None or right is None:
+            self.freeze(left, why)
+            self.freeze(right, why)
+            return None
+        if left.atoms.shape != right.atoms.shape:
+            self.freeze(left, why)
+            self.freeze(right, why)
+            return left.varying()
+        self.link(left.atoms, right.atoms)
+        return left
+
+    def parameter(
+        self, tensor: torch.Tensor | None, dimension: int, axis: Axis | None, why: str, producer: bool = False
+    ) -> None:
+        """Say that a dimension of a parameter is indexed by an axis. A tensor met before is tied to what it was then."""
+        if tensor is None:
+            return
+        key = (id(tensor), dimension)
+        self.tensors[id(tensor)] = tensor
+        if producer:
+            self.producers.add(key)
+        if key in self.parameters:
+            known = self.parameters[key]
+            self.parameters[key] = self.tie(known, axis, why) if known is not axis else known
+        else:
+            self.parameters[key] = axis
+
+    def made_here(self, tensor: torch.Tensor, dimension: int, size: int) -> Axis | None:
+        """Return the axis of a parameter's output dimension: fresh atoms at the first visit, the same ones later."""
+        key = (id(tensor), dimension)
+        if key not in self.parameters:
+            self.parameter(tensor, dimension, self.fresh(size), "", producer=True)
+        self.producers.add(key)
+        known = self.parameters[key]
+        return None if known is None else known.varying()
+
+    def called_once(self, node: fx.Node) -> bool:
+        """Whether a module is called by one node only and shares no parameter, so that its bias may change."""
+        return len(self.callers.get(str(node.target), ())) == 1
+
+    def of(self, node: object) -> Axes:
+        """Return the axes of a tensor node; all None where nothing is known."""
+        if not isinstance(node, fx.Node):
+            return ()
+        value = info(node).value
+        found = self.axes.get(node)
+        if isinstance(found, tuple) and isinstance(value, TensorInfo):
+            return found
+        return (None,) * len(value.shape) if isinstance(value, TensorInfo) else ()
+
+
+@dataclass(frozen=True)
+class ChannelAnalysis:
+    """The result of a walk.
+
+    axes: what every tensor node carries. parameters: every dimension of a parameter that channels index.
+    reads: where channels are consumed. group: atom -> group, shape (atoms,). frozen: group -> why it stays whole.
+    """
+
+    axes: dict[fx.Node, Any]
+    parameters: tuple[ParameterAxis, ...]
+    reads: tuple[Read, ...]
+    group: Integers
+    group_count: int
+    frozen: dict[int, str]
+
+    def groups(self, axis: Axis) -> Integers:
+        """Return the groups of an axis, shape (k, size)."""
+        return self.group[axis.atoms]
+
+    def alive(self, axis: Axis, dead: Booleans) -> Booleans:
+        """Return which indices of an axis survive when the groups marked in `dead` (shape (groups,)) are removed."""
+        kept: Booleans = ~dead[self.groups(axis)].any(axis=0)
+        return kept
+
+    def free(self) -> Booleans:
+        """Return which groups are not frozen, shape (groups,)."""
+        free = np.ones(self.group_count, dtype=bool)
+        free[list(self.frozen)] = False
+        return free
+
+
+def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Iterable[str] = ()) -> ChannelAnalysis:
+    """Walk a canonical graph and return which channel indices belong together.
+
+    Args:
+        graph_module: a canonical graph of stage FLOAT, shapes known.
+        constants: whether to follow constants too (needed for removal, not for choosing).
+        ignore: dotted paths of layers whose channels stay.
+    """
+    from fxcompress.analysis.transfer import rule_for
+
+    walk = Walk(graph_module, constants, callers=edit.callers(graph_module.graph))
+    _forget_shared_modules(walk)
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                walk.freeze_all(walk.axes.get(source), "output of the model")
+        else:
+            walk.axes[node] = rule_for(node)(walk, node)
+    return _solve(walk, set(ignore))
+
+
+def _forget_shared_modules(walk: Walk) -> None:
+    """A module that shares a parameter with another counts as called by both."""
+    users: dict[int, set[str]] = {}
+    for path in list(walk.callers):
+        for tensor in walk.graph_module.get_submodule(path).parameters():
+            users.setdefault(id(tensor), set()).add(path)
+    for paths in users.values():
+        if len(paths) > 1:
+            for path in paths:
+                walk.callers[path] = walk.callers[path] * 2
+
+
+def _solve(walk: Walk, ignore: set[str]) -> ChannelAnalysis:
+    """Turn ties into groups, and freezing of atoms into freezing of groups."""
+    count = walk.atom_count
+    group, group_count = np.zeros(0, dtype=np.int64), 0
+    if count:
+        empty = np.zeros(0, dtype=np.int64)
+        left = np.concatenate([edge[0] for edge in walk.edges] or [empty])
+        right = np.concatenate([edge[1] for edge in walk.edges] or [empty])
+        matrix = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+        group_count, labels = connected_components(matrix, directed=False)
+        group = labels.astype(np.int64)
+    paths = edit.tensor_paths(walk.graph_module)
+    parameters = tuple(
+        ParameterAxis(tuple(paths[key[0]]), key[1], axis, key in walk.producers)
+        for key, axis in walk.parameters.items()
+        if axis is not None and key[0] in paths
+    )
+    frozen: dict[int, str] = {}
+    for parameter in parameters:
+        if parameter.producer and any(path.rpartition(".")[0] in ignore or path in ignore for path in parameter.paths):
+            frozen.update(dict.fromkeys(np.unique(group[parameter.axis.atoms]).tolist(), "ignored on request"))
+    for atoms, why in walk.frozen:
+        for found in np.unique(group[atoms]).tolist():
+            frozen.setdefault(found, why)
+    return ChannelAnalysis(walk.axes, parameters, tuple(walk.reads), group, int(group_count), frozen)
+
+
+def numbers(tensor: torch.Tensor | None, size: int, default: float) -> Floats:
+    """Return a parameter as float64 numbers, or `default` everywhere where there is none."""
+    if tensor is None:
+        return np.full(size, default)
+    found: Floats = tensor.detach().double().cpu().reshape(-1).numpy()
+    return found
+
+
+def layer(node: fx.Node) -> nn.Module:
+    """Return the module that a node calls.
+
+    Raises:
+        PassError: it calls none.
+    """
+    module = ops.submodule(node)
+    if module is None:
+        raise PassError(f"node {node.name!r} calls no module")
+    return module

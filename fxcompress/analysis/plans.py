@@ -1,0 +1,229 @@
+"""Frozen plans about channels: which groups to mask, which to remove, and why the others stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from fxcompress.analysis.budget import Budget, CostOfChoice
+from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.importance import families, widths
+from fxcompress.errors import BudgetError, UnsupportedError
+from fxcompress.graph import edit
+from fxcompress.pipeline.base import Note
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """A decision about the channels of a graph.
+
+    dead: which groups go, shape (groups,). reasons: why a group stays, where there is more to say than that it was
+    not chosen.
+    """
+
+    analysis: ChannelAnalysis
+    dead: Booleans
+    reasons: dict[int, str]
+
+    def alive(self, axis: Axis) -> Booleans:
+        """Return which indices of an axis survive."""
+        return self.analysis.alive(axis, self.dead)
+
+    def producers(self) -> list[ParameterAxis]:
+        """Return the dimensions of weights where channels are made."""
+        return [parameter for parameter in self.analysis.parameters if parameter.producer]
+
+    def notes(self, verb: str) -> list[Note]:
+        """Return one ledger line per layer that makes channels, e.g. "pruned 64 -> 32"."""
+        lines = []
+        for parameter in self.producers():
+            alive = self.alive(parameter.axis)
+            path = parameter.paths[0]
+            layer = path.rpartition(".")[0] if path.rpartition(".")[2] == "weight" else path
+            kept = int(alive.sum())
+            if kept < len(alive):
+                lines.append(Note(layer, f"{verb} {len(alive)} -> {kept}"))
+            else:
+                lines.append(Note(layer, f"not {verb}: {self._why(parameter.axis)}"))
+        return lines
+
+    def _why(self, axis: Axis) -> str:
+        """The most frequent reason among the groups of an axis."""
+        found = Counter(
+            self.reasons.get(group) or self.analysis.frozen.get(group) or "no channel was chosen"
+            for group in np.unique(self.analysis.groups(axis)).tolist()
+        )
+        return found.most_common(1)[0][0]
+
+    def __str__(self) -> str:
+        return "\n".join(str(note) for note in self.notes("pruned"))
+
+
+def choose(
+    graph_module: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    scores: Floats,
+    *,
+    ratio: float | None,
+    budget: Budget | None,
+    scope: str,
+    round_to: int,
+    max_ratio: float = 0.95,
+) -> ChannelPlan:
+    """Choose the groups to mask.
+
+    Args:
+        scores: importance of every group; NaN where it cannot be judged, which keeps the group.
+        ratio: share of the free channels to mask; or None with a budget.
+        scope: "global" ranks all groups together, each divided by the mean score of its family; "layer" masks the same
+            share of every family.
+        round_to: every family keeps a multiple of this many channels (as far as it has them).
+        max_ratio: with the global scope no family loses more than this share.
+
+    Raises:
+        BudgetError: the budget cannot be met within 3 %.
+    """
+    chooser = _Chooser(analysis, scores, scope, round_to, max_ratio)
+    if budget is None:
+        dead = chooser.choose(ratio or 0.0)
+    else:
+        dead = _meet(budget, chooser, CostOfChoice(graph_module, analysis))
+    return ChannelPlan(analysis, dead, dict(chooser.reasons))
+
+
+class _Chooser:
+    """Ranks the groups once and answers for any ratio."""
+
+    def __init__(
+        self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, max_ratio: float
+    ) -> None:
+        self.analysis, self.scope, self.round_to, self.max_ratio = analysis, scope, round_to, max_ratio
+        family = families(analysis)
+        free = analysis.free() & (family >= 0)
+        judged = free & ~np.isnan(scores)
+        self.reasons = dict.fromkeys(np.flatnonzero(free & ~judged).tolist(), "the criterion cannot judge it")
+        self.scores, self.width = scores, widths(analysis)
+        self.members: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []  # of every family, least important first
+        self.relative = np.full(len(scores), np.inf)
+        order = np.argsort(np.where(judged, family, -2), kind="stable")
+        labels = np.where(judged, family, -2)[order]
+        for members in np.split(order, np.flatnonzero(np.diff(labels)) + 1):
+            if len(members) and judged[members[0]]:
+                ranked = members[np.argsort(scores[members], kind="stable")]
+                mean = scores[members].clip(min=0).mean()
+                self.relative[members] = scores[members] / mean if mean > 0 else scores[members]
+                self.members.append(ranked)
+        self.axes = _distinct_axes(analysis)
+
+    def choose(self, ratio: float) -> Booleans:
+        """Return the groups to mask for a ratio."""
+        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        if self.scope == "layer":
+            counts = [int(len(members) * ratio + 1e-9) for members in self.members]
+        else:
+            total = sum(len(members) for members in self.members)
+            candidates = np.concatenate(self.members) if self.members else np.zeros(0, dtype=np.int64)
+            ranked = candidates[np.argsort(self.relative[candidates], kind="stable")]
+            chosen = np.zeros(len(dead), dtype=bool)
+            chosen[ranked[: int(total * ratio + 1e-9)]] = True
+            counts = [min(int(chosen[m].sum()), int(len(m) * self.max_ratio)) for m in self.members]
+        for members, count in zip(self.members, counts, strict=True):
+            dead[members[: self._rounded(members, count)]] = True
+        return self._revive(dead)
+
+    def _rounded(self, members: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> int:
+        """Lower a number of groups to mask so that a multiple of `round_to` channels, and at least one group, is left."""
+        left, width = len(members) - count, max(int(self.width[members[0]]), 1)
+        while left < len(members) and (left < 1 or left * width % self.round_to):
+            left += 1
+        return len(members) - left
+
+    def _revive(self, dead: Booleans) -> Booleans:
+        """Keep the most important group of every axis that would lose all of its indices."""
+        for axis in self.axes:
+            groups = self.analysis.groups(axis)
+            if dead[groups].any(axis=0).all():
+                best = groups[:, int(np.argmax(np.nan_to_num(self.scores[groups[0]], nan=np.inf)))]
+                dead[best] = False
+        return dead
+
+
+def _distinct_axes(analysis: ChannelAnalysis) -> list[Axis]:
+    """Every axis of every node, once."""
+    found: dict[bytes, Axis] = {}
+
+    def visit(axes: object) -> None:
+        if isinstance(axes, Axis):
+            found.setdefault(axes.atoms.tobytes(), axes)
+        elif isinstance(axes, tuple):
+            for item in axes:
+                visit(item)
+
+    for axes in analysis.axes.values():
+        visit(axes)
+    return [axis for axis in found.values() if len(axis)]
+
+
+def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
+    """Search the ratio whose choice comes nearest to the budget."""
+    nothing = np.zeros(chooser.analysis.group_count, dtype=bool)
+    full = cost(budget.quantity, nothing)
+    target = budget.target(full)
+    best, best_cost = nothing, full
+    low, high = 0.0, 1.0 - 1e-9
+    for _ in range(40):
+        middle = (low + high) / 2
+        dead = chooser.choose(middle)
+        found = cost(budget.quantity, dead)
+        if abs(found - target) < abs(best_cost - target):
+            best, best_cost = dead, found
+        low, high = (middle, high) if found > target else (low, middle)
+    if abs(best_cost - target) > 0.03 * target:
+        least = cost(budget.quantity, chooser.choose(1.0 - 1e-9))
+        raise BudgetError(
+            f"a budget of {target:,.0f} {budget.quantity} cannot be met within 3 %: the nearest choice of channels has "
+            f"{best_cost:,.0f}, the whole network {full:,.0f}, the smallest possible {least:,.0f}. Allow more with a "
+            f"larger budget, a smaller round_to or fewer ignored layers"
+        )
+    return best
+
+
+def removable(graph_module: fx.GraphModule, analysis: ChannelAnalysis) -> ChannelPlan:
+    """Find the groups that can be removed without changing the function: every read of them is harmless.
+
+    Raises:
+        UnsupportedError: a layer would lose all of its channels because all of its weights are zero.
+    """
+    free = analysis.free()
+    harmful = np.zeros(analysis.group_count, dtype=bool)
+    reasons: dict[int, str] = {}
+    for read in analysis.reads:
+        groups = analysis.groups(read.axis)
+        bad = np.unique(groups[:, ~read.harmless])
+        for group in bad[~harmful[bad]].tolist():
+            reasons[group] = read.why
+        harmful[bad] = True
+    dead = free & ~harmful
+    dead[families(analysis) < 0] = False
+    for axis in _distinct_axes(analysis):
+        groups = analysis.groups(axis)
+        if dead[groups].any(axis=0).all():
+            _refuse_empty_layer(graph_module, analysis, groups)
+            dead[groups[:, 0]] = False
+            reasons.update(dict.fromkeys(groups[:, 0].tolist(), "the last channel stays"))
+    return ChannelPlan(analysis, dead, reasons)
+
+
+def _refuse_empty_layer(graph_module: fx.GraphModule, analysis: ChannelAnalysis, groups: Floats) -> None:
+    wanted = set(np.unique(groups).tolist())
+    for parameter in analysis.parameters:
+        if parameter.producer and set(np.unique(analysis.groups(parameter.axis)).tolist()) <= wanted:
+            weight = edit.attribute(graph_module, parameter.paths[0])
+            if not weight.detach().any():
+                raise UnsupportedError(
+                    f"{parameter.paths[0].rpartition('.')[0]!r} would lose all of its {weight.shape[0]} channels: "
+                    f"every weight is zero. Mask fewer of them, or take the layer out of the model"
+                )

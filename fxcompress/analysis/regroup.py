@@ -1,0 +1,101 @@
+"""What a reshape does to the indices of a tensor's dimensions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fxcompress.analysis.channels import Axes, Axis, Floats, Integers, Walk
+
+Sizes = tuple[int, ...]
+
+
+def regroup(walk: Walk, axes: Axes, old: Sizes, new: Sizes) -> Axes:
+    """Return the axes of a tensor of shape `old` after it was reshaped to `new`.
+
+    The dimensions are cut into the smallest blocks of equal size on both sides. Within a block, several dimensions
+    that merge into one give every index the atoms of all of them. One dimension that splits into several must stay
+    rectangular: the largest of the new dimensions keeps the atoms, tied across the others.
+    """
+    found: list[Axis | None] = []
+    for sources, sizes in _blocks(axes, old, new):
+        found.extend(_block(walk, sources, sizes))
+    return tuple(found)
+
+
+def _blocks(axes: Axes, old: Sizes, new: Sizes) -> list[tuple[list[tuple[Axis | None, int]], list[int]]]:
+    """Cut both shapes into blocks with equal products."""
+    if 0 in old or 0 in new:
+        return [(list(zip(axes, old, strict=True)), list(new))]
+    blocks = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        sources: list[tuple[Axis | None, int]] = []
+        sizes: list[int] = []
+        left = right = 1
+        while True:
+            if left <= right and i < len(old) and (left < right or not sources):
+                sources.append((axes[i], old[i]))
+                left *= old[i]
+                i += 1
+            elif j < len(new) and (right < left or not sizes):
+                sizes.append(new[j])
+                right *= new[j]
+                j += 1
+            else:
+                break
+            if left == right and sources and sizes:
+                break
+        blocks.append((sources, sizes))
+    return blocks
+
+
+def _block(walk: Walk, sources: list[tuple[Axis | None, int]], sizes: list[int]) -> list[Axis | None]:
+    axes = [axis for axis, _ in sources]
+    if all(axis is None or size == 1 for axis, size in sources):
+        walk.freeze_all(axes, "a single channel that a reshape drops")
+        return [None] * len(sizes)
+    old = [size for _, size in sources]
+    wide_old = [size for size in old if size != 1]
+    wide_new = [size for size in sizes if size != 1]
+    for axis, size in sources:
+        if size == 1:
+            walk.freeze(axis, "a single channel that a reshape drops")
+    if wide_old == wide_new:  # only dimensions of size 1 come and go
+        kept = [axis for axis, size in sources if size != 1]
+        return [kept.pop(0) if size != 1 else None for size in sizes]
+    merged = _merge([axis if size != 1 else None for axis, size in sources], old)
+    if len(wide_new) == 1:
+        return [merged if size != 1 else None for size in sizes]
+    return _split(walk, merged, sizes)
+
+
+def _merge(axes: list[Axis | None], sizes: list[int]) -> Axis:
+    """Flatten several dimensions into one, in row-major order."""
+    total = math.prod(sizes)
+    rows: list[Integers] = []
+    constant: Floats = np.full(total, np.nan)
+    for position, axis in enumerate(axes):
+        if axis is None:
+            continue
+        inner = math.prod(sizes[position + 1 :])
+        indices = np.arange(total) // inner % sizes[position]
+        rows.append(axis.atoms[:, indices])
+        constant = np.where(np.isnan(constant), axis.constant[indices], constant)
+    return Axis(np.concatenate(rows), constant)
+
+
+def _split(walk: Walk, axis: Axis, sizes: list[int]) -> list[Axis | None]:
+    """Cut one dimension into several; the largest keeps the atoms, tied across the others."""
+    if len(axis) != math.prod(sizes):
+        walk.freeze(axis, "reshaped to an empty tensor")
+        return [None] * len(sizes)
+    keeper = max(range(len(sizes)), key=lambda i: sizes[i])
+    grid = axis.atoms.reshape(-1, *sizes)
+    lines = np.moveaxis(grid, keeper + 1, -1).reshape(len(grid), -1, sizes[keeper])
+    walk.link(np.broadcast_to(lines[:, :1], lines.shape), lines)
+    constants = np.moveaxis(axis.constant.reshape(sizes), keeper, -1).reshape(-1, sizes[keeper])
+    equal = (constants == constants[0]).all(axis=0)
+    kept = Axis(lines[:, 0], np.where(equal, constants[0], np.nan))
+    return [kept if position == keeper else None for position in range(len(sizes))]

@@ -1,0 +1,781 @@
+"""How every kind of operator passes channels on: one rule per kind.
+
+A rule is a function `rule(walk, node) -> axes` that looks up the axes of the node's inputs with `walk.of(input)`,
+ties, freezes or reads them, and returns the axes of what the node produces (a tuple of tuples where it produces
+several tensors). Add one for an operator of your own:
+
+    @transfer("my_kind")              # or @transfer(my_function) / @transfer(MyModule)
+    def my_rule(walk, node):
+        return walk.of(node.args[0])  # same channels out as in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxcompress.analysis.channels import Axes, Axis, Booleans, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.regroup import regroup
+from fxcompress.graph import ops
+from fxcompress.graph.metadata import TensorInfo, info
+
+Rule = Callable[[Walk, fx.Node], Any]
+RULES: dict[object, Rule] = {}
+
+
+def transfer(*keys: object) -> Callable[[Rule], Rule]:
+    """Register a rule for kinds (words of the operator table), functions or module classes."""
+
+    def add(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(keys, rule))
+        return rule
+
+    return add
+
+
+def rule_for(node: fx.Node) -> Rule:
+    """Return the rule for a node: by function or module class first, then by kind; the freezing rule otherwise."""
+    key: object = type(ops.submodule(node)) if node.op == "call_module" else node.target
+    if node.op in ("call_module", "call_function") and key in RULES:
+        return RULES[key]
+    kind = ops.kind(node)
+    if kind in RULES:
+        return RULES[kind]
+    return _elementwise if kind in ops.ELEMENTWISE_KINDS else _freeze
+
+
+def _freeze(walk: Walk, node: fx.Node) -> Any:
+    """The rule for what is not understood: every input keeps its channels, every output has fixed sizes."""
+    name = str(getattr(node.target, "__name__", node.target))
+    for source in node.all_input_nodes:
+        walk.freeze_all(walk.axes.get(source), f"read by {name} ({node.name}), which the channel rules do not know")
+    return _fixed(info(node).value)
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, TensorInfo):
+        return (None,) * len(value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(_fixed(item) for item in value)
+    return {name: _fixed(item) for name, item in value.items()} if isinstance(value, dict) else ()
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = info(node).value if isinstance(node, fx.Node) else None
+    return value.shape if isinstance(value, TensorInfo) else ()
+
+
+@transfer("placeholder")
+def _placeholder(walk: Walk, node: fx.Node) -> Any:
+    return _fixed(info(node).value)
+
+
+@transfer("get_attr")
+def _attribute(walk: Walk, node: fx.Node) -> Any:
+    """A parameter or buffer used without a layer: every dimension wider than 1 is a choice of its own."""
+    found: Any = walk.graph_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name)
+    if not isinstance(found, torch.Tensor) or not found.dtype.is_floating_point:
+        return _fixed(info(node).value)
+    axes: list[Axis | None] = []
+    for dimension, size in enumerate(found.shape):
+        if size == 1:
+            axes.append(None)
+            continue
+        axis = walk.parameters.get((id(found), dimension), walk.fresh(size))
+        walk.parameter(found, dimension, axis, "a parameter used in two ways")
+        axes.append(axis and axis.with_constant(_slice_constants(walk, found, dimension)))
+    return tuple(axes)
+
+
+def _slice_constants(walk: Walk, tensor: torch.Tensor, dimension: int) -> Floats:
+    if not walk.follow_constants:
+        return np.full(tensor.shape[dimension], np.nan)
+    slices = tensor.detach().double().cpu().movedim(dimension, 0).reshape(tensor.shape[dimension], -1).numpy()
+    return np.where((slices == slices[:, :1]).all(axis=1), slices[:, 0], np.nan)
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------
+
+
+@transfer("conv")
+def _conv(walk: Walk, node: fx.Node) -> Axes:
+    module = layer(node)
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return _convolution(walk, node, module, module.weight, _is_padded(module))
+
+
+def _is_padded(module: Any) -> bool:
+    """Whether zeros are padded, so that a constant channel does not stay constant (circular and others keep it so)."""
+    if module.padding_mode != "zeros":
+        return False
+    if isinstance(module.padding, str):
+        return bool(module.padding == "same" and any(size != 1 for size in module.kernel_size))
+    return any(size != 0 for size in module.padding)
+
+
+@transfer("conv_transpose")
+def _conv_transpose(walk: Walk, node: fx.Node) -> Axes:
+    """The output of a transposed convolution is made of overlapping kernels: constants are followed only if zero."""
+    module = layer(node)
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    return _convolution(walk, node, module, module.weight, True, out_dimension=1)
+
+
+def _convolution(
+    walk: Walk, node: fx.Node, module: Any, weight: torch.Tensor, padded: bool, out_dimension: int = 0
+) -> Axes:
+    source = node.all_input_nodes[0]
+    given = walk.of(source)
+    channel = len(given) - (weight.ndim - 2) - 1
+    axis, groups = given[channel], int(module.groups)
+    if groups == 1:
+        out = _full(walk, node, module, weight, axis, padded, out_dimension)
+    else:
+        out = _grouped(walk, node, module, weight, axis, padded, out_dimension)
+    _bias(walk, node, module, out)
+    return (*given[:channel], out, *[None] * (weight.ndim - 2))
+
+
+def _bias(walk: Walk, node: fx.Node, module: Any, out: Axis | None) -> None:
+    walk.parameter(module.bias, 0, out, f"bias of {node.target}")
+
+
+def _full(
+    walk: Walk, node: fx.Node, module: Any, weight: torch.Tensor, axis: Axis | None, padded: bool, out_dimension: int
+) -> Axis | None:
+    """A layer that mixes all of its inputs: the input channels are read, the output channels are made here."""
+    in_dimension = 1 - out_dimension
+    walk.parameter(weight, in_dimension, axis, f"input of {node.target}, whose weights are used elsewhere")
+    out = walk.made_here(weight, out_dimension, weight.shape[out_dimension])
+    if not walk.follow_constants:
+        _read(walk, node, axis, np.zeros(weight.shape[in_dimension], dtype=bool), "")
+        return out
+    matrix = weight.detach().cpu().transpose(0, 1) if out_dimension else weight.detach().cpu()
+    kernels = matrix.flatten(2) if matrix.ndim > 2 else matrix.unsqueeze(2)  # [out, in, taps]
+    used = (kernels != 0).any(2).numpy()
+    constant = axis.constant if axis is not None else np.full(used.shape[1], np.nan)
+    foldable = ~np.isnan(constant) & ((constant == 0) | (not padded))
+    may_fold = walk.called_once(node)
+    harmless = ~used.any(axis=0) | (constant == 0) | (foldable & may_fold)
+    why = "a constant, but not zero, channel is read by a padded convolution" if padded else "a channel that varies"
+    _read(walk, node, axis, harmless, f"{why} ({node.target})")
+    if out is None:
+        return None
+    bias = numbers(module.bias, len(out), 0.0)
+    folds = foldable & (constant != 0)
+    folded = kernels[:, torch.from_numpy(folds)].double().sum(2).numpy() @ constant[folds]
+    return out.with_constant(np.where(used[:, ~foldable].any(axis=1), np.nan, bias + folded))
+
+
+def _grouped(
+    walk: Walk, node: fx.Node, module: Any, weight: torch.Tensor, axis: Axis | None, padded: bool, out_dimension: int
+) -> Axis | None:
+    groups = int(module.groups)
+    inputs = (weight.shape[1] * groups) if out_dimension == 0 else weight.shape[0]
+    outputs = weight.shape[0] if out_dimension == 0 else weight.shape[1] * groups
+    if inputs == groups:
+        return _depthwise(walk, node, module, weight, axis, padded, out_dimension, outputs // groups)
+    return _by_position(walk, node, module, weight, axis, out_dimension, inputs // groups, outputs // groups)
+
+
+def _depthwise(
+    walk: Walk, node: fx.Node, module: Any, weight: torch.Tensor, axis: Axis | None, padded: bool, out_dimension: int,
+    multiplier: int,
+) -> Axis | None:  # fmt: skip
+    """Every input channel makes `multiplier` outputs of its own: they live and die with it."""
+    why = f"depthwise convolution {node.target}, whose weights are used elsewhere"
+    if axis is None:
+        walk.parameter(weight, 0, None, why)
+        return None
+    out = axis.take(np.repeat(np.arange(len(axis)), multiplier)).varying()
+    walk.parameter(weight, 0, out if out_dimension == 0 else axis, why, producer=True)
+    if not walk.follow_constants:
+        return out
+    rows = weight.detach().double().cpu().reshape(len(out), -1).numpy()
+    constant = np.repeat(axis.constant, multiplier)
+    bias = numbers(module.bias, len(out), 0.0)
+    known = ~np.isnan(constant) & ((constant == 0) | (not padded))
+    value = np.where(known, rows.sum(axis=1) * np.nan_to_num(constant) + bias, np.nan)
+    return out.with_constant(np.where((rows == 0).all(axis=1), bias, value))
+
+
+def _by_position(
+    walk: Walk, node: fx.Node, module: Any, weight: torch.Tensor, axis: Axis | None, out_dimension: int,
+    ins: int, outs: int,
+) -> Axis | None:  # fmt: skip
+    """A grouped convolution keeps its groups of one size: equal positions of all groups live and die together."""
+    groups = int(module.groups)
+    reused = f"grouped convolution {node.target}, whose weights are used elsewhere"
+    if axis is not None:
+        rows = axis.atoms.reshape(len(axis.atoms), groups, ins)
+        walk.link(np.broadcast_to(rows[:, :1], rows.shape), rows)
+        position = Axis(rows[:, 0], np.full(ins, np.nan))
+    else:
+        position = None
+    if out_dimension == 0:
+        walk.parameter(weight, 1, position, reused)
+        key = (id(weight), 0)
+        if key not in walk.parameters:
+            walk.parameter(weight, 0, walk.fresh(outs).take(np.tile(np.arange(outs), groups)), reused, producer=True)
+        out = walk.parameters[key]
+    else:
+        walk.parameter(weight, 0, axis, reused)
+        made = walk.made_here(weight, 1, outs)
+        out = made and made.take(np.tile(np.arange(outs), groups))
+    if axis is None or not walk.follow_constants:
+        _read(walk, node, axis, np.zeros(ins * groups, dtype=bool), "")
+        return out and out.varying()
+    used = (weight.detach().cpu() != 0).flatten(2).any(2)
+    columns = used.reshape(groups, outs, ins).any(1) if out_dimension == 0 else used.any(1).reshape(groups, ins)
+    harmless = ~columns.numpy().ravel() | (axis.constant == 0)
+    _read(walk, node, axis, harmless, f"a channel that is not zero is read by a grouped convolution ({node.target})")
+    rows_used = used.reshape(groups * outs, ins).any(1) if out_dimension == 0 else None
+    if out is None or rows_used is None:
+        return out and out.varying()
+    bias = numbers(module.bias, groups * outs, 0.0)
+    return out.with_constant(np.where(rows_used.numpy(), np.nan, bias))
+
+
+def _read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
+    if axis is not None:
+        walk.reads.append(Read(node, axis, harmless, why))
+
+
+@transfer("linear")
+def _linear(walk: Walk, node: fx.Node) -> Axes:
+    module = layer(node)
+    assert isinstance(module, nn.Linear)
+    given = walk.of(node.all_input_nodes[0])
+    out = _full(walk, node, module, module.weight, given[-1], False, 0)
+    _bias(walk, node, module, out)
+    return (*given[:-1], out)
+
+
+@transfer("embedding")
+def _embedding(walk: Walk, node: fx.Node) -> Axes:
+    module = layer(node)
+    assert isinstance(module, nn.Embedding)
+    walk.parameter(module.weight, 0, None, f"rows of the embedding {node.target}")
+    out = walk.made_here(module.weight, 1, module.weight.shape[1])
+    return (*walk.of(node.all_input_nodes[0]), out)
+
+
+@transfer("batch_norm", "instance_norm")
+def _batch_norm(walk: Walk, node: fx.Node) -> Axes:
+    module: Any = layer(node)
+    given = walk.of(node.all_input_nodes[0])
+    is_batch = ops.kind(node) == "batch_norm"
+    channel = 1 if is_batch or len(given) == len(_shape(node)) else 0
+    axis = given[channel]
+    for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+        walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
+    if axis is None or not walk.follow_constants:
+        return _keep(given, channel, axis and axis.varying())
+    size = len(axis)
+    weight, bias = numbers(module.weight, size, 1.0), numbers(module.bias, size, 0.0)
+    if is_batch and module.running_mean is not None:
+        mean, variance = numbers(module.running_mean, size, 0.0), numbers(module.running_var, size, 1.0)
+        value = (axis.constant - mean) / np.sqrt(variance + module.eps) * weight + bias
+    else:  # normalised by its own statistics: a constant becomes zero
+        value = np.where(np.isnan(axis.constant), np.nan, bias)
+    return _keep(given, channel, axis.with_constant(np.where(weight == 0, bias, value)))
+
+
+def _keep(axes: Axes, position: int, axis: Axis | None) -> Axes:
+    """The same axes with another one at one position."""
+    return (*axes[:position], axis, *axes[position + 1 :])
+
+
+@transfer("group_norm")
+def _group_norm(walk: Walk, node: fx.Node) -> Axes:
+    """Statistics are shared within a group: its channels live and die together, whole groups go exactly."""
+    module: Any = layer(node)
+    given = walk.of(node.all_input_nodes[0])
+    axis = given[1]
+    for tensor in (module.weight, module.bias):
+        walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
+    if axis is None:
+        return given
+    rows = axis.atoms.reshape(len(axis.atoms), module.num_groups, -1)
+    walk.link(np.broadcast_to(rows[:, :, :1], rows.shape), rows)
+    if not walk.follow_constants:
+        return _keep(given, 1, axis.varying())
+    weight, bias = numbers(module.weight, len(axis), 1.0), numbers(module.bias, len(axis), 0.0)
+    grid = axis.constant.reshape(module.num_groups, -1)
+    equal = np.repeat((grid == grid[:, :1]).all(axis=1), grid.shape[1])  # a constant group is normalised to zero
+    return _keep(given, 1, axis.with_constant(np.where((weight == 0) | equal, bias, np.nan)))
+
+
+@transfer("layer_norm")
+def _layer_norm(walk: Walk, node: fx.Node) -> Axes:
+    """Every entry is read by the statistics; constants can go if the layer remembers them (`PartialLayerNorm`)."""
+    module: Any = layer(node)
+    given = walk.of(node.all_input_nodes[0])
+    axis = given[-1] if given else None
+    dimensions = 1 if not hasattr(module, "normalized_shape") else len(module.normalized_shape)
+    if dimensions != 1:
+        walk.freeze_all(given[-dimensions:], f"normalised together with positions by {node.target}")
+        return _fixed(info(node).value)  # type: ignore[no-any-return]
+    for tensor in (module.weight, module.bias):
+        walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
+    if axis is None:
+        return given
+    harmless = ~np.isnan(axis.constant) & walk.called_once(node)
+    _read(walk, node, axis, harmless, f"a channel that varies is part of the statistics of {node.target}")
+    if not walk.follow_constants:
+        return _keep(given, len(given) - 1, axis.varying())
+    weight, bias = numbers(module.weight, len(axis), 1.0), numbers(module.bias, len(axis), 0.0)
+    return _keep(given, len(given) - 1, axis.with_constant(np.where(weight == 0, bias, np.nan)))
+
+
+@transfer("prelu")
+def _prelu(walk: Walk, node: fx.Node) -> Axes:
+    module = layer(node)
+    assert isinstance(module, nn.PReLU)
+    given = walk.of(node.all_input_nodes[0])
+    channel = min(1, len(given) - 1)
+    axis = given[channel]
+    if module.num_parameters > 1:
+        walk.parameter(module.weight, 0, axis, f"{node.target}, used in two ways")
+    slope = numbers(module.weight, 1 if module.num_parameters == 1 else module.num_parameters, 0.25)
+    found = []
+    for position, item in enumerate(given):
+        if item is None:
+            found.append(None)
+            continue
+        factor = slope if position == channel or len(slope) == 1 else np.full(1, np.nan)
+        value = item.constant
+        found.append(item.with_constant(np.where(value >= 0, value, value * factor)))
+    return tuple(found)
+
+
+@transfer("local_response_norm")
+def _local_response_norm(walk: Walk, node: fx.Node) -> Axes:
+    given = walk.of(node.all_input_nodes[0])
+    walk.freeze_all(given, f"normalised over neighbouring channels by {node.name}")
+    return tuple(axis and axis.varying() for axis in given)
+
+
+# -- elementwise ----------------------------------------------------------------------------------------------------
+
+#: Functions of NaN that are not NaN: a constant that is not known would seem to be.
+_HIDES_NAN = {"isnan", "logical_not", "nan_to_num", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill", "pow",
+              "maximum", "minimum", "zeros_like", "ones_like", "to"}  # fmt: skip
+
+
+def _elementwise(walk: Walk, node: fx.Node) -> Any:
+    """Every tensor is broadcast to the result's shape; where two have an axis, equal indices are tied."""
+    value = info(node).value
+    if not isinstance(value, TensorInfo):
+        return _fixed(value)
+    operands = [source for source in node.all_input_nodes if isinstance(info(source).value, TensorInfo)]
+    rank, found = len(value.shape), []
+    for dimension in range(rank):
+        axis: Axis | None = None
+        met = False
+        for operand in operands:
+            position = dimension - (rank - len(_shape(operand)))
+            if position < 0 or (_shape(operand)[position] == 1 and value.shape[dimension] != 1):
+                continue
+            other = walk.of(operand)[position]
+            why = f"{ops.kind(node)} ({node.name}) ties it to a dimension of fixed size"
+            axis = walk.tie(axis, other, why) if met else other
+            met = True
+        found.append(axis and axis.with_constant(_result_constants(walk, node, dimension, len(axis))))
+    return tuple(found)
+
+
+def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> Floats:
+    """Constants of an elementwise result along one dimension, by calling the function on those of its inputs."""
+    unknown = np.full(size, np.nan)
+    kind = ops.kind(node)
+    if not walk.follow_constants or kind in _HIDES_NAN or node.op == "call_module" and kind != "dropout":
+        return unknown
+    if kind in ("identity", "dropout", "dropout_function"):
+        return _operand_constants(walk, node, node.all_input_nodes[0], dimension, size)
+    if node.op != "call_function":
+        return unknown
+    constants = {
+        operand: _operand_constants(walk, node, operand, dimension, size)
+        for operand in node.all_input_nodes
+        if isinstance(info(operand).value, TensorInfo)
+    }
+    if len(constants) < len(node.all_input_nodes):  # a size that is known only at run time
+        return _zero_product(kind, list(constants.values()), unknown)
+    call: Any = node.target
+    args = fx.map_arg(node.args, lambda n: torch.from_numpy(constants[n]))
+    kwargs = fx.map_arg(node.kwargs, lambda n: torch.from_numpy(constants[n]))
+    try:
+        result = call(*args, **kwargs).double().numpy()
+    except (TypeError, RuntimeError):
+        return unknown
+    return _zero_product(kind, list(constants.values()), np.broadcast_to(result, (size,)).astype(np.float64))
+
+
+def _zero_product(kind: str, constants: Sequence[Floats], result: Floats) -> Floats:
+    """Zero times anything finite is zero, also where the other factor varies."""
+    if kind == "mul":
+        return np.where(np.any([c == 0 for c in constants], axis=0), 0.0, result)
+    if kind == "div" and constants:
+        return np.where(constants[0] == 0, np.where(np.isnan(result), 0.0, result), result)
+    return result
+
+
+def _operand_constants(walk: Walk, node: fx.Node, operand: fx.Node, dimension: int, size: int) -> Floats:
+    rank = len(_shape(node))
+    position = dimension - (rank - len(_shape(operand)))
+    axes = walk.of(operand)
+    if position < 0 or axes[position] is None:
+        return np.full(size, np.nan)
+    axis = axes[position]
+    return axis.constant if axis is not None and len(axis) == size else np.full(size, np.nan)
+
+
+# -- sizes and views ------------------------------------------------------------------------------------------------
+
+
+@transfer("size", "ndim", "numel", "getattr", "number_int", "number_float", "math_sqrt", "zeros", "ones", "arange",
+          "items", "values", "keys", "ordered_dict")  # fmt: skip
+def _sizes(walk: Walk, node: fx.Node) -> Any:
+    """Sizes carry no channels; containers hand on what is in them."""
+    if ops.kind(node) == "ordered_dict":
+        for source in node.all_input_nodes:
+            walk.freeze_all(walk.axes.get(source), "output of the model")
+    return _fixed(info(node).value)
+
+
+@transfer("cat")
+def _cat(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    tensors = [source for source in arguments["tensors"] if _shape(source) != (0,)]
+    rank = len(_shape(node))
+    along = int(arguments["dim"]) % rank
+    found: list[Axis | None] = []
+    for dimension in range(rank):
+        parts = [walk.of(tensor)[dimension] for tensor in tensors]
+        if dimension == along:
+            sizes = [_shape(tensor)[dimension] for tensor in tensors]
+            found.append(_join(walk, parts, sizes, f"concatenated in {node.name} with a tensor of fixed size"))
+        else:
+            found.append(_tie_all(walk, parts, f"concatenated in {node.name} beside a tensor of fixed size"))
+    return tuple(found)
+
+
+def _join(walk: Walk, parts: list[Axis | None], sizes: list[int], why: str) -> Axis | None:
+    if all(part is None for part in parts):
+        return None
+    pieces: list[Axis] = []
+    for part, size in zip(parts, sizes, strict=True):
+        piece = part
+        if piece is None:
+            piece = walk.fresh(size)
+            walk.freeze(piece, why)
+        pieces.append(piece)
+    depth = max(len(piece.atoms) for piece in pieces)
+    atoms = [np.pad(piece.atoms, ((0, depth - len(piece.atoms)), (0, 0)), mode="edge") for piece in pieces]
+    return Axis(np.concatenate(atoms, axis=1), np.concatenate([piece.constant for piece in pieces]))
+
+
+def _tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
+    axis = parts[0]
+    for part in parts[1:]:
+        axis = walk.tie(axis, part, why)
+    if axis is None:
+        return None
+    constants = np.stack([part.constant for part in parts if part is not None])
+    return axis.with_constant(np.where((constants == constants[0]).all(axis=0), constants[0], np.nan))
+
+
+@transfer("stack")
+def _stack(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    tensors = list(arguments["tensors"])
+    rank = len(_shape(node))
+    along = int(arguments["dim"]) % rank
+    tied = [
+        _tie_all(walk, [walk.of(tensor)[dimension] for tensor in tensors], f"stacked in {node.name}")
+        for dimension in range(rank - 1)
+    ]
+    return (*tied[:along], None, *tied[along:])
+
+
+@transfer("split", "chunk", "unbind")
+def _split(walk: Walk, node: fx.Node) -> Any:
+    arguments = ops.arguments(node)
+    source = node.all_input_nodes[0]
+    given, along = walk.of(source), int(arguments["dim"]) % max(len(_shape(source)), 1)
+    if ops.kind(node) == "unbind":
+        walk.freeze(given[along], f"taken apart one by one in {node.name}")
+        return tuple((*given[:along], *given[along + 1 :]) for _ in info(node).value)
+    pieces, start = [], 0
+    for piece in info(node).value:
+        stop = start + piece.shape[along]
+        axis = given[along]
+        pieces.append(_keep(given, along, axis and axis.take(slice(start, stop))))
+        start = stop
+    return tuple(pieces)
+
+
+@transfer("getitem")
+def _getitem(walk: Walk, node: fx.Node) -> Any:
+    source, index = node.args[0], node.args[1]
+    value = info(source).value if isinstance(source, fx.Node) else None
+    if not isinstance(value, TensorInfo):
+        found = walk.axes.get(source, ()) if isinstance(source, fx.Node) else ()
+        if isinstance(info(node).value, (TensorInfo, tuple, list, dict)) and not isinstance(index, (fx.Node, slice)):
+            return found[index] if isinstance(found, (tuple, dict)) and found else _fixed(info(node).value)
+        walk.freeze_all(found, f"selected by an index that is not fixed ({node.name})")
+        return _fixed(info(node).value)
+    items = normalised_index(index, len(value.shape))
+    given = walk.of(source)
+    if items is None:
+        walk.freeze_all(given, f"indexed by a tensor ({node.name})")
+        return _fixed(info(node).value)
+    axes: list[Axis | None] = []
+    position = 0
+    for item in items:
+        if item is None:
+            axes.append(None)
+            continue
+        axis = given[position]
+        if isinstance(item, slice):
+            axes.append(_slice(walk, axis, item, node))
+        else:
+            walk.freeze(axis, f"one index of it is selected in {node.name}")
+        position += 1
+    return tuple(axes)
+
+
+def normalised_index(index: Any, rank: int) -> list[Any] | None:
+    """Return an index as one item per dimension (slice or int) and None for a new one; None if it holds tensors."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(isinstance(item, fx.Node) and isinstance(info(item).value, TensorInfo) for item in items):
+        return None
+    if not all(item is None or item is Ellipsis or isinstance(item, (slice, int, fx.Node)) for item in items):
+        return None
+    if any(isinstance(item, bool) for item in items):
+        return None
+    consumed = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis in [item for item in items if not isinstance(item, (slice, fx.Node))]:
+        place = next(i for i, item in enumerate(items) if item is Ellipsis)
+        return [*items[:place], *[slice(None)] * (rank - consumed), *items[place + 1 :]]
+    return [*items, *[slice(None)] * (rank - consumed)]
+
+
+def _slice(walk: Walk, axis: Axis | None, item: slice, node: fx.Node) -> Axis | None:
+    if axis is None or item == slice(None):
+        return axis
+    bounds = (item.start, item.stop, item.step)
+    if any(isinstance(bound, fx.Node) for bound in bounds) or item.step not in (None, 1):
+        walk.freeze(axis, f"sliced by bounds or steps that cannot be rewritten in {node.name}")
+        return None
+    return axis.take(slice(*item.indices(len(axis))))
+
+
+@transfer("narrow", "select", "index_select")
+def _narrow(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    along = int(arguments["dim"]) % len(given)
+    walk.freeze(given[along], f"indices of it are selected in {node.name}")
+    if ops.kind(node) == "select":
+        return (*given[:along], *given[along + 1 :])
+    return _keep(given, along, None)
+
+
+@transfer("flatten", "unflatten", "reshape", "view_as", "squeeze", "unsqueeze")
+def _reshape(walk: Walk, node: fx.Node) -> Axes:
+    source = node.all_input_nodes[0]
+    return regroup(walk, walk.of(source), _shape(source), _shape(node))
+
+
+@transfer("permute")
+def _permute(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    return tuple(given[dimension] for dimension in arguments["dims"])
+
+
+@transfer("transpose")
+def _transpose(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    given = list(walk.of(arguments["input"]))
+    first, second = arguments["dim0"], arguments["dim1"]
+    given[first], given[second] = given[second], given[first]
+    return tuple(given)
+
+
+@transfer("flip", "roll")
+def _flip(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    given = list(walk.of(arguments["input"]))
+    dims = arguments["dims"]
+    moved = range(len(given)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
+    for dimension in moved:
+        axis = given[dimension]
+        if ops.kind(node) == "flip":
+            given[dimension] = axis and axis.take(np.arange(len(axis))[::-1])
+        else:
+            walk.freeze(axis, f"rolled in {node.name}")
+    return tuple(given)
+
+
+@transfer("expand", "expand_as", "broadcast_to")
+def _expand(walk: Walk, node: fx.Node) -> Axes:
+    source = node.all_input_nodes[0]
+    given, shape = walk.of(source), _shape(node)
+    added = len(shape) - len(given)
+    return (*[None] * added, *(axis if len(axis or ()) == shape[added + i] else None for i, axis in enumerate(given)))
+
+
+@transfer("repeat")
+def _repeat(walk: Walk, node: fx.Node) -> Axes:
+    source = node.all_input_nodes[0]
+    given, old, new = walk.of(source), _shape(source), _shape(node)
+    added = len(new) - len(old)
+    return (
+        *[None] * added,
+        *(axis and axis.take(np.tile(np.arange(old[i]), new[added + i] // old[i])) for i, axis in enumerate(given)),
+    )
+
+
+@transfer("channel_shuffle")
+def _channel_shuffle(walk: Walk, node: fx.Node) -> Axes:
+    """Equal positions of all groups are tied, so that the shuffle of what is left is the same shuffle."""
+    arguments = ops.arguments(node)
+    given, groups = walk.of(arguments["input"]), int(arguments["groups"])
+    axis = given[1]
+    if axis is None:
+        return given
+    rows = axis.atoms.reshape(len(axis.atoms), groups, -1)
+    walk.link(np.broadcast_to(rows[:, :1], rows.shape), rows)
+    return _keep(given, 1, axis.take(np.arange(len(axis)).reshape(groups, -1).T.ravel()))
+
+
+@transfer("pixel_shuffle")
+def _pixel_shuffle(walk: Walk, node: fx.Node) -> Axes:
+    """r*r channels become one: they live and die together."""
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    channel, block = len(given) - 3, int(arguments["upscale_factor"]) ** 2
+    axis = given[channel]
+    if axis is not None:
+        rows = axis.atoms.reshape(len(axis.atoms), -1, block)
+        walk.link(np.broadcast_to(rows[:, :, :1], rows.shape), rows)
+        constants = axis.constant.reshape(-1, block)
+        equal = (constants == constants[:, :1]).all(axis=1)
+        axis = Axis(rows[:, :, 0], np.where(equal, constants[:, 0], np.nan))
+    return (*given[:channel], axis, None, None)
+
+
+@transfer("pixel_unshuffle")
+def _pixel_unshuffle(walk: Walk, node: fx.Node) -> Axes:
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    channel, block = len(given) - 3, int(arguments["downscale_factor"]) ** 2
+    axis = given[channel]
+    repeated = axis and axis.take(np.repeat(np.arange(len(axis)), block))
+    return (*given[:channel], repeated, None, None)
+
+
+# -- pooling, resizing, padding -------------------------------------------------------------------------------------
+
+
+@transfer("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "interpolate")
+def _pool(walk: Walk, node: fx.Node) -> Any:
+    arguments = ops.arguments(node)
+    source = node.all_input_nodes[0]
+    value = info(node).value
+    given = walk.of(source)
+    if not isinstance(value, TensorInfo):
+        return _freeze(walk, node)
+    spatial = len(given) - 2 if ops.kind(node) == "interpolate" else _spatial(node)
+    walk.freeze_all(given[len(given) - spatial :], f"pooled or resized in {node.name}")
+    kept: list[Axis | None] = list(given[: len(given) - spatial])
+    if ops.kind(node) == "avg_pool" and not _averages_constants(arguments):
+        kept = [axis and axis.with_constant(_only_zero(axis.constant)) for axis in kept]
+    return (*kept, *[None] * spatial)
+
+
+def _spatial(node: fx.Node) -> int:
+    return int(str(getattr(node.target, "__name__", "2d"))[-2]) if "d" in str(node.target) else 2
+
+
+def _averages_constants(arguments: dict[str, Any]) -> bool:
+    """Whether the average of a constant is that constant: no zeros are padded in, and it is divided by their count."""
+    padding = arguments["padding"]
+    padded = any(padding) if isinstance(padding, (tuple, list)) else padding != 0
+    return arguments.get("divisor_override") is None and not (padded and arguments["count_include_pad"])
+
+
+def _only_zero(constant: Floats) -> Floats:
+    return np.where(constant == 0, 0.0, np.nan)
+
+
+@transfer("pad")
+def _pad(walk: Walk, node: fx.Node) -> Axes:
+    """Padded spatial positions hold the padding's value. Padded channels are new, constant channels."""
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    amounts, mode = arguments["pad"], arguments["mode"]
+    if any(isinstance(amount, fx.Node) for amount in amounts):
+        walk.freeze_all(given, f"padded by an amount known only at run time in {node.name}")
+        return _fixed(info(node).value)  # type: ignore[no-any-return]
+    value = float(arguments["value"] or 0.0)
+    pairs = [(0, 0)] * (len(given) - len(amounts) // 2) + [
+        (int(amounts[i]), int(amounts[i + 1])) for i in range(len(amounts) - 2, -1, -2)
+    ]
+    spread = mode == "constant" and any(pair != (0, 0) for pair in pairs)
+    found: list[Axis | None] = []
+    for position, (axis, pair) in enumerate(zip(given, pairs, strict=True)):
+        if axis is None or pair == (0, 0):
+            others = spread and any(p != (0, 0) for i, p in enumerate(pairs) if i != position)
+            keeps = axis and np.where(axis.constant == value, value, np.nan)
+            found.append(axis.with_constant(keeps) if axis is not None and others else axis)
+        elif mode != "constant" or min(pair) < 0:
+            walk.freeze(axis, f"padded by copies or cropped in {node.name}")
+            found.append(None)
+        else:
+            found.append(_join(walk, [_new_channels(walk, pair[0], value), axis, _new_channels(walk, pair[1], value)],
+                               [pair[0], len(axis), pair[1]], ""))  # fmt: skip
+    return tuple(found)
+
+
+def _new_channels(walk: Walk, count: int, value: float) -> Axis:
+    return walk.fresh(count, np.full(count, value))
+
+
+# -- reductions -----------------------------------------------------------------------------------------------------
+
+
+@transfer("mean", "sum", "amax", "amin", "var", "std", "softmax", "log_softmax", "normalize", "norm", "argmax", "cumsum")
+def _reduce(walk: Walk, node: fx.Node) -> Axes:
+    """Channels that are reduced over stay, except that zeros can leave a sum; the others pass."""
+    arguments = ops.arguments(node)
+    source = node.all_input_nodes[0]
+    given, kind = walk.of(source), ops.kind(node)
+    dim = arguments.get("dim")
+    dims = range(len(given)) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    reduced = {int(dimension) % len(given) for dimension in dims}
+    for dimension in reduced:
+        axis = given[dimension]
+        if axis is not None and kind == "sum":
+            _read(walk, node, axis, axis.constant == 0, f"a channel that is not zero is summed up in {node.name}")
+        else:
+            walk.freeze(axis, f"{kind} over the channels ({node.name})")
+    if kind in ("softmax", "log_softmax", "normalize", "cumsum"):
+        return tuple(None if i in reduced else axis and axis.varying() for i, axis in enumerate(given))
+    keeps = (lambda c: c) if kind in ("mean", "amax", "amin") else _only_zero
+    found: list[Axis | None] = []
+    for dimension, axis in enumerate(given):
+        if dimension not in reduced:
+            found.append(axis and axis.with_constant(keeps(axis.constant)))
+        elif arguments.get("keepdim"):
+            found.append(None)
+    return tuple(found)

@@ -1,0 +1,70 @@
+"""`compile`: the whole compiler, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from fxcompress import report
+from fxcompress.analysis.cost import cost
+from fxcompress.emit.compact_module import CompactModule
+from fxcompress.errors import InputError, OptionError
+from fxcompress.graph import compare
+from fxcompress.graph.capture import trace
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import graph_info
+from fxcompress.pipeline.base import PassContext
+from fxcompress.pipeline.manager import PassManager
+from fxcompress.pipeline.progress import progress_bar
+
+TARGETS = ("cpu", "cuda")
+
+
+def compile(
+    model: nn.Module,
+    passes: object = "int8",
+    example_inputs: object = None,
+    *,
+    target: str = "cpu",
+    verify: bool = True,
+    calibration: Any = None,
+    train_data: Any = None,
+    dump: Callable[[str, fx.GraphModule], None] | None = None,
+    progress: bool | None = None,
+) -> CompactModule:
+    """Make a trained model small and fast.
+
+    Args:
+        model: any `nn.Module`; never modified. It is captured as it runs in evaluation mode.
+        passes: a list of passes, pipeline text (`"prune-channels{ratio=0.5}, fuse, quantize"`), or a preset's name.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        target: what the result shall run on, "cpu" or "cuda".
+        verify: whether to compare outputs across every pass that promises to be exact.
+        calibration: batches of inputs for passes that quantise (where the pass has none of its own).
+        train_data: batches of (input, target) for passes that train (where the pass has none of its own).
+        dump: called as dump(pass name, graph module) after every pass.
+        progress: whether to draw a progress bar on standard error; None: if it is a terminal.
+
+    Returns:
+        The compiled model in evaluation mode, with `.report`.
+
+    Raises:
+        FxCompressError: one of its subclasses says what is wrong, where, and what to do, see `fxcompress.errors`.
+    """
+    if example_inputs is None:
+        raise InputError("compile needs example_inputs, for example example_inputs=(torch.randn(1, 3, 224, 224),)")
+    if target not in TARGETS:
+        raise OptionError(f"target must be one of {', '.join(map(repr, TARGETS))}, not {target!r}")
+    inputs = ExampleInputs.of(example_inputs)
+    manager = PassManager(passes, verify=verify, dump=dump)
+    captured = trace(model, inputs, training=False)
+    if verify and not isinstance(model, fx.GraphModule):
+        compare.require_same_outputs(model, captured, inputs)
+    with progress_bar(progress) as manager.progress:
+        context = PassContext(inputs, {"calibration": calibration, "train_data": train_data}, target, captured)
+        result = manager.run(captured, inputs, context)
+    notes = graph_info(result.graph_module).notes
+    summary = report.build(type(model).__name__, result.start, result.rows, cost(result.graph_module), notes)
+    return CompactModule.of(result.graph_module.eval(), summary)

@@ -1,0 +1,1 @@
+"""From the final graph to a fast module."""

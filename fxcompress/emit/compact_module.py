@@ -1,0 +1,175 @@
+"""`CompactModule`: what the compiler returns, a `torch.fx.GraphModule` that carries its report and can be saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from fxcompress.graph import ops
+from fxcompress.graph.metadata import NodeInfo, info, set_info
+
+if TYPE_CHECKING:
+    from fxcompress.report import Report
+
+
+class CompactModule(fx.GraphModule):
+    """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
+
+    Attributes:
+        report: what every pass did, and what was left alone and why; None for a module made by hand.
+
+    Args:
+        root: a module that holds the layers, parameters and buffers that the graph names.
+        graph: the graph to run.
+        report: the compiler's report.
+        class_name: shown when the module is printed.
+    """
+
+    report: Report | None
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, report: Report | None = None, class_name: str = "CompactModule"
+    ) -> None:
+        super().__init__(root, graph, class_name)
+        self.report = report
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, report: Report | None = None) -> CompactModule:
+        """Return `graph_module` as a `CompactModule`: the same layers and tensors, no copy of them.
+
+        The class is named after the model: a compiled `ResNet` prints as `CompactResNet`.
+        """
+        name = type(graph_module).__name__.removeprefix("Compact").removesuffix("GraphModule")
+        compact = cls(graph_module, graph_module.graph, report, f"Compact{name or 'Module'}")
+        copy_modes(graph_module, compact)
+        compact.meta = graph_module.meta
+        return compact
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        modules: Mapping[str, type[nn.Module]] | None = None,
+    ) -> None:
+        """Write the module to one file that `fxcompress.load` reads without the model's class.
+
+        The file is replaced as a whole or not at all.
+
+        Args:
+            path: the file, usually named `*.fxc`.
+            functions: functions of your own that the graph calls, by the name that the file shall use.
+            modules: layer classes of your own, with `config()` and `from_config()`, by the name for the file.
+
+        Raises:
+            ArtifactError: the graph holds something that can be rebuilt only by running code, or writing failed.
+        """
+        from fxcompress.emit.artifact import save
+
+        size = save(self, path, functions=functions, modules=modules)
+        if self.report is not None:
+            self.report = replace(self.report, file_bytes=size)
+
+    def export_onnx(self, path: str | Path, example_inputs: object = None) -> None:
+        """Write the module as an ONNX file, see `fxcompress.emit.onnx.export_onnx`."""
+        from fxcompress.emit.onnx import export_onnx
+
+        export_onnx(self, path, example_inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModule:
+        duplicate = super().__deepcopy__(memo)
+        assert isinstance(duplicate, CompactModule)  # for the type checker: torch makes it from type(self)
+        type(duplicate).__name__ = type(self).__name__
+        copy_modes(self, duplicate)
+        duplicate.report = copy.deepcopy(self.report, memo)
+        return duplicate
+
+    def __copy__(self) -> CompactModule:
+        duplicate = CompactModule(self, copy.deepcopy(self.graph), self.report, type(self).__name__)
+        copy_modes(self, duplicate)
+        duplicate.meta = self.meta
+        return duplicate
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph itself; torch would pickle its source and trace that again, without names and metadata."""
+        children = nn.Module()
+        children.__dict__.update(
+            {name: self.__dict__[name] for name in ("_modules", "_parameters", "_buffers", "training")},
+            _non_persistent_buffers_set=self._non_persistent_buffers_set,
+        )
+        nodes = [_Record.of(node) for node in self.graph.nodes]
+        return _unpickle, (children, nodes, self.meta, self.report, type(self).__name__)
+
+
+def copy_modes(source: nn.Module, destination: nn.Module) -> None:
+    """Put every module of `destination` into the train or eval mode of the one at the same path of `source`."""
+    modes = {path: module.training for path, module in source.named_modules(remove_duplicate=False)}
+    for path, module in destination.named_modules(remove_duplicate=False):
+        module.training = modes.get(path, module.training)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node, or a function of the operator table, in a pickle."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One node in a pickle."""
+
+    op: str
+    name: str
+    target: Any
+    args: Any
+    kwargs: Any
+    type: Any
+    info: NodeInfo
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Record:
+        target: Any = node.target
+        if callable(target) and target in ops.BY_FUNCTION:  # not all of torch's own functions can be pickled
+            target = _Reference(ops.function_name(target))
+        refer: Any = lambda other: _Reference(other.name)  # noqa: E731 - the stub of map_arg knows nodes only
+        args, kwargs = fx.map_arg((node.args, node.kwargs), refer)
+        return cls(node.op, node.name, target, args, kwargs, node.type, info(node))
+
+
+def _unpickle(
+    children: nn.Module, records: list[_Record], meta: dict[str, Any], report: Report | None, class_name: str
+) -> CompactModule:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, _Reference):
+            return nodes[value.name]
+        if isinstance(value, tuple):
+            return type(value)(*map(resolve, value)) if hasattr(value, "_fields") else tuple(map(resolve, value))
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if isinstance(value, dict):
+            return {name: resolve(item) for name, item in value.items()}
+        if isinstance(value, slice):
+            return slice(resolve(value.start), resolve(value.stop), resolve(value.step))
+        return value
+
+    for record in records:
+        target = record.target
+        if isinstance(target, _Reference):
+            target = ops.known_functions()[target.name]
+        args, kwargs = resolve(record.args), resolve(record.kwargs)
+        node = graph.create_node(record.op, target, args, kwargs, name=record.name, type_expr=record.type)
+        set_info(node, **{field.name: getattr(record.info, field.name) for field in fields(NodeInfo)})
+        nodes[record.name] = node
+    compact = CompactModule(children, graph, report, class_name)
+    copy_modes(children, compact)
+    compact.meta = meta
+    return compact

@@ -1,0 +1,107 @@
+"""Real numbers to 8-bit integers and back, as modules of a lowered CPU graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.quant.spec import Grid
+
+#: The memory format in which kernels want images and volumes, by the number of dimensions.
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Kernel(nn.Module):
+    """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`."""
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments as plain Python values that JSON can hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Build the module that `config()` described; `load_state_dict` fills its tensors."""
+        return cls(**config)
+
+    def extra_repr(self) -> str:
+        """The config, for the printed module."""
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
+
+
+class Quantize(Kernel):
+    """Real numbers to uint8, channels last where there are images.
+
+    Args:
+        grid: scale, zero point, smallest and largest integer, as `Grid.config()` gives them.
+    """
+
+    def __init__(self, grid: Sequence[Any]) -> None:
+        super().__init__()
+        self.grid = Grid.from_config(grid)
+        self._inverse = inverse(self.grid.scale)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the integers nearest to `input`, a float tensor of any shape."""
+        memory_format = MEMORY_FORMATS.get(input.ndim)
+        if memory_format is not None:
+            input = input.contiguous(memory_format=memory_format)
+        return _store(input.detach().mul(self._inverse), self.grid)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {"grid": self.grid.config()}
+
+
+class Dequantize(Kernel):
+    """uint8 to float32 numbers.
+
+    Args:
+        grid: as `Grid.config()` gives it.
+    """
+
+    def __init__(self, grid: Sequence[Any]) -> None:
+        super().__init__()
+        self.grid = Grid.from_config(grid)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the real numbers that integers of any shape stand for."""
+        return real(input, self.grid)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {"grid": self.grid.config()}
+
+
+def inverse(scale: float) -> float:
+    """Return 1 / scale, rounded to float32 as `fake_quantize_per_tensor_affine` rounds it."""
+    return float(torch.tensor(scale, dtype=torch.float32).reciprocal())
+
+
+def integers(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the uint8 numbers nearest to a float tensor, whose memory is reused on the way."""
+    return _store(x.mul_(inverse(grid.scale)), grid)
+
+
+def _store(steps: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round, shift, clamp and convert, in place.
+
+    Converting float to int8 is several times faster in PyTorch than to uint8, so the numbers take that way, 128 lower.
+    """
+    steps = steps.round_().add_(grid.zero_point - 128).clamp_(grid.quant_min - 128, grid.quant_max - 128)
+    return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+
+
+def real(q: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the float32 numbers that uint8 integers stand for."""
+    x = q.to(torch.float32)
+    if grid.zero_point:
+        x = x.sub_(grid.zero_point)
+    return x.mul_(grid.scale)
+
+
+def without_kernels(x: torch.Tensor) -> bool:
+    """Whether a tensor is of a kind that kernels cannot take: fake, traced, or on another device than the CPU."""
+    return type(x) is not torch.Tensor or x.device.type != "cpu"

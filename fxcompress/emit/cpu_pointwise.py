@@ -1,0 +1,226 @@
+"""Sums, products and pooling of 8-bit values, as modules of a lowered CPU graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
+from fxcompress.quant.cpu import cpu_features
+from fxcompress.quant.spec import Grid
+
+_AVERAGES = {
+    "avg_pool": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
+    "adaptive_avg_pool": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
+}
+
+
+class _Binary(Kernel):
+    """Base of sum and product.
+
+    Args:
+        left, right: grids of the two inputs; None for an input of float32.
+        output: grid of the result.
+        relu: whether negative results become zero.
+    """
+
+    def __init__(
+        self, left: Sequence[Any] | None, right: Sequence[Any] | None, output: Sequence[Any], relu: bool = False
+    ) -> None:
+        super().__init__()
+        self.left = None if left is None else Grid.from_config(left)
+        self.right = None if right is None else Grid.from_config(right)
+        self.output = Grid.from_config(output)
+        self.relu = bool(relu)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "left": None if self.left is None else self.left.config(),
+            "right": None if self.right is None else self.right.config(),
+            "output": self.output.config(),
+            "relu": self.relu,
+        }
+
+    def _numbers(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            left if self.left is None else real(left, self.left),
+            right if self.right is None else real(right, self.right),
+        )
+
+    def _store(self, result: torch.Tensor) -> torch.Tensor:
+        return integers(result.relu_() if self.relu else result, self.output)
+
+
+class Int8Add(_Binary):
+    """Sum of two 8-bit values."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return the sum of two tensors that broadcast to one shape, on the output grid."""
+        if self._has_kernel(left, right):
+            return self._kernel(left, right)
+        first, second = self._numbers(left, right)
+        return self._store(first + second)
+
+    def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        full = (self.output.quant_min, self.output.quant_max) == (0, 255)
+        alike = left.shape == right.shape and left.stride() == right.stride() and self.left and self.right
+        return bool(full and alike) and not without_kernels(left) and cpu_features().kernels
+
+    def _kernel(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        # The operator reads its inputs as signed numbers, whatever their dtype, so they are moved by 128 first.
+        assert self.left is not None and self.right is not None  # for the type checker, see _has_kernel
+        operator = torch.ops.onednn.qadd_relu if self.relu else torch.ops.onednn.qadd
+        result: torch.Tensor = operator.tensor(
+            left.bitwise_xor(128).view(torch.int8), self.left.scale, self.left.zero_point - 128,
+            right.bitwise_xor(128).view(torch.int8), self.right.scale, self.right.zero_point - 128,
+            self.output.scale, self.output.zero_point, torch.uint8,
+        )  # fmt: skip
+        return result
+
+
+class Int8Mul(_Binary):
+    """Product of two values, of which at least one is 8-bit: a gate on a feature map, for example."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return the product of two tensors that broadcast to one shape, on the output grid."""
+        first, second = self._numbers(left, right)
+        return self._store(first * second)
+
+
+class Int8MaxPool(Kernel):
+    """Maximum over windows of uint8 numbers, on the grid of the input: one dimension after the other.
+
+    Args:
+        kernel_size, stride, padding, dilation: one number for each spatial dimension.
+        ceil_mode: as in `torch.nn.MaxPool2d`.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        ceil_mode: bool,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = list(kernel_size), list(stride)
+        self.padding, self.dilation = list(padding), list(dilation)
+        self.ceil_mode = bool(ceil_mode)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "ceil_mode": self.ceil_mode,
+        }
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the maxima of a tensor of shape (..., *spatial)."""
+        dimensions = len(self.kernel_size)
+        sizes, pads = [], []
+        for index in range(dimensions):
+            size = input.shape[index - dimensions]
+            count, behind = self._windows(index, int(size))
+            sizes.append(count)
+            pads.append((self.padding[index], behind))
+        if any(before > 0 or behind > 0 for before, behind in pads):
+            flat = [amount for pair in reversed(pads) for amount in (pair[0], max(pair[1], 0))]
+            input = F.pad(input, flat, value=0)  # the smallest number of every grid
+        for index, count in enumerate(sizes):
+            input = self._along(input, index, count)
+        return input
+
+    def _windows(self, index: int, size: int) -> tuple[int, int]:
+        """Return how many windows there are along a dimension, and the padding that the last one needs behind."""
+        stride, before = self.stride[index], self.padding[index]
+        reach = self.dilation[index] * (self.kernel_size[index] - 1) + 1
+        room = size + 2 * before - reach
+        count = (-(-room // stride) if self.ceil_mode else room // stride) + 1
+        if self.ceil_mode and (count - 1) * stride >= size + before:
+            count -= 1  # the last window must start inside the input or the padding before it
+        return count, (count - 1) * stride + reach - size - before
+
+    def _along(self, x: torch.Tensor, index: int, count: int) -> torch.Tensor:
+        axis = index - len(self.kernel_size)
+        stride, span = self.stride[index], (count - 1) * self.stride[index] + 1
+        steps = [step * self.dilation[index] for step in range(self.kernel_size[index])]
+        slices = [_strided(x, axis, start, start + span, stride) for start in steps]
+        if len(slices) == 1:
+            return slices[0]
+        result = torch.maximum(slices[0], slices[1])
+        for piece in slices[2:]:
+            torch.maximum(result, piece, out=result)
+        return result
+
+
+def _strided(x: torch.Tensor, axis: int, start: int, stop: int, step: int) -> torch.Tensor:
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(start, stop, step)
+    return x[tuple(index)]
+
+
+class Int8AvgPool(Kernel):
+    """Average over windows, or over whole dimensions, of 8-bit values.
+
+    Args:
+        input, output: grids.
+        operation: "avg_pool", "adaptive_avg_pool" or "mean".
+        dimensions: number of spatial dimensions of the pooling; 0 for "mean".
+        arguments: the further arguments of that function of `torch.nn.functional`, or of `torch.mean`, by name.
+    """
+
+    def __init__(
+        self,
+        input: Sequence[Any],
+        output: Sequence[Any],
+        operation: str,
+        dimensions: int,
+        arguments: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.input, self.output = Grid.from_config(input), Grid.from_config(output)
+        self.operation, self.dimensions, self.arguments = operation, int(dimensions), dict(arguments)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "input": self.input.config(),
+            "output": self.output.config(),
+            "operation": self.operation,
+            "dimensions": self.dimensions,
+            "arguments": self.arguments,
+        }
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the averages of uint8 numbers on the input grid, on the output grid."""
+        return integers(self._average(input).mul_(self.input.scale), self.output)
+
+    def _average(self, input: torch.Tensor) -> torch.Tensor:
+        """The averages in steps of the input's scale."""
+        whole = self._whole_dimensions(input)
+        if whole is not None:
+            axes, keepdim = whole
+            total = input.sum(axes, keepdim=keepdim, dtype=torch.float32)
+            return total.div_(math.prod(input.shape[axis] for axis in axes)).sub_(self.input.zero_point)
+        steps = input.to(torch.float32).sub_(self.input.zero_point)
+        return _AVERAGES[self.operation][self.dimensions](steps, **self.arguments)
+
+    def _whole_dimensions(self, input: torch.Tensor) -> tuple[list[int], bool] | None:
+        """Return the axes that vanish as a whole, and whether they stay with size 1; None if there are windows."""
+        if self.operation == "mean":
+            axes = self.arguments.get("dim")
+            axes = range(input.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
+            return [int(axis) for axis in axes], bool(self.arguments.get("keepdim", False))
+        size = self.arguments.get("output_size")
+        if self.operation == "adaptive_avg_pool" and (size == 1 or (not isinstance(size, int) and set(size) == {1})):
+            return list(range(-self.dimensions, 0)), True
+        return None

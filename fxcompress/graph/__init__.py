@@ -1,0 +1,1 @@
+"""Everything that touches torch.fx: capture, node metadata, operator tables, edits, printing, verification."""

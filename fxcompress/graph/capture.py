@@ -1,0 +1,259 @@
+"""Capture: from a model to a `torch.fx` graph with module-level nodes, shapes and notes.
+
+The caller's model is copied first and never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pathlib
+import traceback
+import warnings
+from collections import OrderedDict
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize, prune
+
+from fxcompress.errors import CaptureError, InputError
+from fxcompress.graph import modules as own
+from fxcompress.graph import ops
+from fxcompress.graph.inputs import ExampleInputs, check_device
+from fxcompress.graph.metadata import GraphInfo, set_info
+from fxcompress.graph.shapes import evaluation, propagate
+
+_TORCH = str(pathlib.Path(torch.__file__).parent)
+_HERE = str(pathlib.Path(__file__).parent.parent)
+
+
+def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
+    """Trace a model into a graph, with shape, dtype and device of every value.
+
+    Layers of torch.nn stay whole (`call_module`); everything else is traced into. Masks that `torch.nn.utils.prune`
+    and parametrizations left on the model are made permanent in the copy; masks are remembered. A
+    `torch.fx.GraphModule` keeps its graph.
+
+    Args:
+        model: any module; it is copied, never modified.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        training: the mode to capture in, which fixes branches on `self.training`; None: the mode the model is in.
+
+    Raises:
+        CaptureError: control flow depends on data; the message names file and line.
+        InputError: the inputs do not fit the model, or its forward raises on them.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    inputs = ExampleInputs.of(example_inputs)
+    check_device(inputs, model)
+    duplicate = _copy(model)
+    if training is not None:
+        duplicate.train(training)
+    if isinstance(duplicate, fx.GraphModule):
+        graph_module = duplicate
+    else:
+        graph_module = _trace_module(duplicate, inputs)
+    _drop_unused_modules(graph_module)
+    propagate(graph_module, inputs)
+    return graph_module
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"the model {type(model).__name__} cannot be copied ({error}); tensors that are results of a computation "
+            f"and stored on the model are the usual cause: detach() them, or register them as buffers"
+        ) from error
+
+
+def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    name = type(model).__name__
+    if _is_leaf(model):
+        model = nn.Sequential(OrderedDict(layer=model))
+    notes: list[str] = []
+    masks = _make_masks_permanent(model, notes)
+    _make_parametrizations_permanent(model, notes)
+    _replace_stochastic_depth(model)
+    _note_hooks(model, notes)
+    if model.training:
+        notes.append("captured in training mode: branches on self.training are fixed as they are in training")
+    tracer = _Tracer()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracers warn about asserts on sizes, which shapes.propagate checks anew
+            graph = tracer.trace(model, concrete_args=_concrete_arguments(model, inputs))
+    except InputError:
+        raise
+    except Exception as error:
+        raise _explain(model, inputs, error) from error
+    _remove_concrete_checks(graph)
+    graph_module = fx.GraphModule(model, graph, class_name=name)
+    for path, module in graph_module.named_modules():
+        module.training = model.get_submodule(path).training
+    graph_module.meta["fxcompress"] = GraphInfo(masks=masks, notes=notes)
+    for node in graph.nodes:
+        set_info(node, layer=_layer_of(node))
+    return graph_module
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracer that keeps the layers of the operator table whole and traces into everything else."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_leaf(m)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # fx would turn it into a plain dict
+            pairs = [(name, self.create_arg(value)) for name, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        return super().create_arg(a)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is a layer of the table, with the forward that torch.nn gave it."""
+    for base in type(module).__mro__:
+        if base in ops.MODULE_KINDS or base in ops.STATELESS_MODULES or base in ops.PADDING_MODULES:
+            return all(
+                getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")
+            )
+        if base.__module__.startswith("torch.nn.modules") and base is not nn.Module and not _is_container(base):
+            return getattr(type(module), "forward", None) is base.forward
+    # Kernels and observers of our own stay whole when a compiled module is traced as part of another model.
+    return type(module).__module__.startswith(("fxcompress.quant", "fxcompress.emit", "fxcompress.graph.modules"))
+
+
+def _is_container(base: type[nn.Module]) -> bool:
+    return base.__module__.endswith((".container", ".transformer")) or base is nn.Identity
+
+
+def _make_masks_permanent(model: nn.Module, notes: list[str]) -> dict[str, torch.Tensor]:
+    """Apply what torch.nn.utils.prune left on the modules, and return its masks by parameter path."""
+    masks: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                name = hook._tensor_name
+                parameter = f"{path}.{name}" if path else name
+                masks[parameter] = module.get_buffer(f"{name}_mask").bool()
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
+                notes.append(f"{parameter}: mask of torch.nn.utils.prune applied and remembered")
+    return masks
+
+
+def _make_parametrizations_permanent(model: nn.Module, notes: list[str]) -> None:
+    for path, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module) and isinstance(module.parametrizations, nn.ModuleDict):
+            for name in list(module.parametrizations):
+                with evaluation(model):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                notes.append(f"{path}.{name}: parametrization made permanent")
+
+
+def _replace_stochastic_depth(model: nn.Module) -> None:
+    """Replace torchvision's StochasticDepth, whose forward fixes the mode at tracing, by a layer that follows it."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "StochasticDepth" and type(child).__module__.startswith("torchvision."):
+                layer = own.StochasticDepth(float(child.p), str(child.mode))  # type: ignore[arg-type]
+                module.add_module(name, layer.train(child.training))
+
+
+def _note_hooks(model: nn.Module, notes: list[str]) -> None:
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            notes.append(f"{path or 'the model'}: hooks are not part of the captured graph")
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+                hooks.clear()
+
+
+def _concrete_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    """Return the arguments of forward that tracing fixes: those not given, and those that hold no tensor."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    concrete: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = bound.arguments.get(name, parameter.default)
+        if not ExampleInputs((value,)).tensors():
+            concrete[name] = value
+    return concrete
+
+
+def _remove_concrete_checks(graph: fx.Graph) -> None:
+    """Remove the checks that fx adds for fixed arguments, and arguments that nothing reads and that have a default."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
+            tested = node.args[0]
+            graph.erase_node(node)
+            if isinstance(tested, fx.Node) and tested.op == "call_function" and not tested.users:
+                graph.erase_node(tested)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and not str(node.target).startswith("*") and (
+            node.args or not _was_named(node)
+        ):  # fmt: skip
+            graph.erase_node(node)
+
+
+def _was_named(node: fx.Node) -> bool:
+    """Whether a placeholder carries a name of the forward's signature (fx numbers those that it fixed)."""
+    return not str(node.target).rpartition("_")[2].isdigit()
+
+
+def _drop_unused_modules(graph_module: fx.GraphModule) -> None:
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+
+
+def _layer_of(node: fx.Node) -> str:
+    if node.op in ("call_module", "get_attr"):
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack and isinstance(next(reversed(stack.values())), tuple) else ""
+
+
+def _explain(model: nn.Module, inputs: ExampleInputs, error: Exception) -> CaptureError | InputError:
+    """Tell a forward that cannot be traced from one that fails on its own."""
+    try:
+        with evaluation(model), torch.no_grad():
+            inputs.call(model)
+    except Exception as own_error:
+        return InputError(
+            f"the forward of {type(model).__name__} raises on the example inputs ({inputs.describe()}) "
+            f"{_location(own_error.__traceback__)}: {type(own_error).__name__}: {own_error}"
+        )
+    return CaptureError(
+        f"{type(model).__name__} cannot be traced {_location(error.__traceback__)}: {_first_line(error)}. "
+        f"Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
+        f"move it out of the model, or register the function around it with torch.fx.wrap."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _location(trace: TracebackType | None) -> str:
+    """Return "at file:line (`code`)" of the innermost frame outside torch and this package."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(trace)
+        if not frame.filename.startswith((_TORCH, _HERE)) and not frame.filename.startswith("<")
+    ]
+    if not frames:
+        return "(no line of the model's own code is involved)"
+    return f"at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)"
+
+

@@ -1,0 +1,136 @@
+"""The metadata that fxcompress keeps on a graph and on its nodes, with this file as its only owner.
+
+`info(node)` and `graph_info(graph_module)` are the ways in; no other file knows the string key.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.errors import PassError
+
+_KEY = "fxcompress"
+
+
+class Stage(enum.Enum):
+    """What a graph is made of. A pass says which stages it takes and which one it leaves."""
+
+    FLOAT = "float"  #: plain float layers and functions
+    OBSERVED = "observed"  #: observers or trainable fake-quantisers in place
+    QDQ = "qdq"  #: quantise-dequantise pairs with fixed numbers; still plain torch operators
+    LOWERED = "lowered"  #: calls of a target's kernels
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape, dtype and device of a tensor that a node produces; no data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{_SHORT_DTYPES.get(self.dtype, str(self.dtype).removeprefix('torch.'))}[{','.join(map(str, self.shape))}]"
+
+
+_SHORT_DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "bool",
+}
+
+#: What a node produces: a `TensorInfo`, a plain Python value, or tuples, lists and dicts of these.
+Value = Any
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What fxcompress knows about a node.
+
+    value: what the node produces (see `Value`); None before shapes have been propagated.
+    layer: the layer of the caller's model that the node came from, as a dotted path ("" where unknown).
+    epilogue_of: name of the node whose kernel can compute this one as well (an activation or a residual add behind
+        a convolution or linear), set by `FuseActivation`.
+    """
+
+    value: Value = None
+    layer: str = ""
+    epilogue_of: str | None = None
+
+
+@dataclass
+class GraphInfo:
+    """What fxcompress knows about a graph as a whole.
+
+    masks: parameter path -> boolean tensor of the parameter's shape; False entries are held at zero.
+    notes: remarks of the capture, shown in the report.
+    canonical: whether `Canonicalize` has run.
+    """
+
+    stage: Stage = Stage.FLOAT
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    canonical: bool = False
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """Return the metadata of `node`; an empty one where nothing has been recorded."""
+    found = node.meta.get(_KEY)
+    return found if isinstance(found, NodeInfo) else NodeInfo()
+
+
+def set_info(node: fx.Node, **changes: Any) -> None:
+    """Change fields of the metadata of `node`."""
+    node.meta[_KEY] = replace(info(node), **changes)
+
+
+def graph_info(graph_module: fx.GraphModule) -> GraphInfo:
+    """Return the metadata of the graph, creating it on first use."""
+    found = graph_module.meta.get(_KEY)
+    if not isinstance(found, GraphInfo):
+        found = graph_module.meta[_KEY] = GraphInfo()
+    return found
+
+
+def tensor_info(node: fx.Node) -> TensorInfo:
+    """Return shape, dtype and device of the single tensor that `node` produces.
+
+    Raises:
+        PassError: the node produces no tensor, or shapes have not been propagated.
+    """
+    value = info(node).value
+    if not isinstance(value, TensorInfo):
+        raise PassError(f"node {node.name!r} has no tensor value recorded; run shapes.propagate on the graph first")
+    return value
+
+
+def is_tensor(node: object) -> bool:
+    """Whether `node` is a node that is known to produce one tensor."""
+    return isinstance(node, fx.Node) and isinstance(info(node).value, TensorInfo)
+
+
+def tensors(value: Value) -> Iterator[TensorInfo]:
+    """Yield every `TensorInfo` inside a nested value."""
+    if isinstance(value, TensorInfo):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)

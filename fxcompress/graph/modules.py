@@ -1,0 +1,107 @@
+"""Small float modules that a graph may hold besides those of torch.nn.
+
+Each offers `config()` and `from_config()`, so that an artefact can rebuild it without running code from the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class StochasticDepth(nn.Module):
+    """Drops whole samples ("row") or the whole batch ("batch") of a residual branch during training.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth, 2016. Same arithmetic as torchvision's operator.
+
+    Args:
+        p: probability of dropping, 0 <= p <= 1.
+        mode: "row" or "batch".
+    """
+
+    def __init__(self, p: float, mode: str = "row") -> None:
+        super().__init__()
+        self.p = float(p)
+        self.mode = mode
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the input, in training with samples dropped and the others divided by 1 - p."""
+        if not self.training or self.p == 0.0:
+            return input
+        size = [input.shape[0] if self.mode == "row" else 1] + [1] * (input.ndim - 1)
+        noise = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1.0 - self.p)
+        return input * (noise.div_(1.0 - self.p) if self.p < 1.0 else noise)
+
+    def extra_repr(self) -> str:
+        """Options for the printed module."""
+        return f"p={self.p}, mode={self.mode}"
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"p": self.p, "mode": self.mode}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> StochasticDepth:
+        """Build the module that `config()` described."""
+        return cls(config["p"], config["mode"])
+
+
+class PartialLayerNorm(nn.Module):
+    """Layer normalisation over the last axis, of which only some entries are stored.
+
+    After channel removal the entries that are left must be normalised as if the removed ones, which carried constants,
+    were still there. With n entries of which the missing ones sum to s1 and their squares to s2:
+
+        mean = (sum(x) + s1) / n,    var = (sum((x - mean)^2) + s2 - 2 mean s1 + (n - len(x)) mean^2) / n
+
+    Args:
+        stored: number of entries stored, the size of the last axis of the input.
+        width: number of entries n of the layer before removal.
+        eps: added to the variance.
+        affine: whether there is a weight and a bias, each of shape (stored,).
+        bias: whether there is a bias beside the weight.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    missing_sum: torch.Tensor
+    missing_square: torch.Tensor
+
+    def __init__(self, stored: int, width: int, eps: float = 1e-5, affine: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.stored, self.width, self.eps = int(stored), int(width), float(eps)
+        self.register_parameter("weight", nn.Parameter(torch.ones(stored)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(stored)) if affine and bias else None)
+        self.register_buffer("missing_sum", torch.zeros(()))
+        self.register_buffer("missing_square", torch.zeros(()))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `input` of shape (..., stored)."""
+        mean = (input.sum(-1, keepdim=True) + self.missing_sum) / self.width
+        centred = input - mean
+        missing = self.missing_square - 2 * mean * self.missing_sum + (self.width - self.stored) * mean.square()
+        variance = (centred.square().sum(-1, keepdim=True) + missing) / self.width
+        result = centred * torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            result = result * self.weight
+        return result if self.bias is None else result + self.bias
+
+    def extra_repr(self) -> str:
+        """Options for the printed module."""
+        return f"{self.stored} of {self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"stored": self.stored, "width": self.width, "eps": self.eps,
+                "affine": self.weight is not None, "bias": self.bias is not None}  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PartialLayerNorm:
+        """Build the module that `config()` described."""
+        return cls(config["stored"], config["width"], config["eps"], config["affine"], config["bias"])
+
+
+#: Every module class of this file, by the name that the artefact writes.
+MODULES: dict[str, Any] = {"StochasticDepth": StochasticDepth, "PartialLayerNorm": PartialLayerNorm}

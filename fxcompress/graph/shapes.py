@@ -1,0 +1,209 @@
+"""Shapes, dtypes and devices of every value in a graph, without running its arithmetic.
+
+Values are computed with PyTorch's fake tensors, which hold no data. A node whose inputs, module and arguments are as
+they were at the last call keeps its value, so that a pass costs only what it touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from fxcompress.errors import InputError
+from fxcompress.graph import ops
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import TensorInfo, Value, info, set_info
+
+_KEY = "fxcompress_shape_key"
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Put a module and all its children in evaluation mode, and back into their own modes afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = False
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """Record shape, dtype and device of every node's value for the given inputs.
+
+    Raises:
+        InputError: the model cannot be run on inputs of these shapes; the message names the node.
+    """
+    with evaluation(graph_module), torch.no_grad():
+        _Propagation(graph_module, inputs).run()
+
+
+class _Propagation:
+    """One walk over the graph."""
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+        self.graph_module = graph_module
+        self.inputs = inputs
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.values: dict[fx.Node, Any] = {}  # fake values; made from the recorded ones only when they are needed
+
+    def run(self) -> None:
+        placeholders = bind_placeholders(self.graph_module.graph, self.inputs)
+        for node in self.graph_module.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = tree_map(self._fake, placeholders[node])
+                set_info(node, value=_describe(self.values[node]))
+                continue
+            key = self._key(node)
+            if key is not None and node.meta.get(_KEY) == key and info(node).value is not None:
+                continue
+            try:
+                self.values[node] = self._compute(node)
+            except Exception as error:
+                raise InputError(self._explain(node, error)) from error
+            set_info(node, value=_describe(self.values[node]))
+            node.meta[_KEY] = key
+
+    def _key(self, node: fx.Node) -> object:
+        """What the value of a node depends on. None: not known, compute it always."""
+        if node.op == "output":
+            return None
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Recorded(info(n).value))
+        module: object = None
+        if node.op in ("call_module", "get_attr"):
+            module = _signature(_attribute(self.graph_module, str(node.target)))
+        return repr((node.op, node.target, arguments, module))
+
+    def _compute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        with self.mode:
+            if node.op == "output":
+                return args[0]
+            if node.op == "get_attr":
+                return self._fake(_attribute(self.graph_module, str(node.target)))
+            if node.op == "call_module":
+                return _attribute(self.graph_module, str(node.target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            self.values[node] = _materialise(info(node).value, self.mode)
+        return self.values[node]
+
+    def _fake(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return self.mode.from_tensor(value.detach())
+        return value
+
+    def _explain(self, node: fx.Node, error: Exception) -> str:
+        layer = info(node).layer
+        where = f"node {node.name!r}" + (f" (layer {layer!r})" if layer and layer != node.name else "")
+        given = [describe(info(n).value) for n in node.all_input_nodes]
+        reason = str(error).strip().split("\n")[0]
+        return (
+            f"the model cannot run on the example inputs ({self.inputs.describe()}): {where} was given "
+            f"{', '.join(given) or 'no tensor'} and failed: {reason}. "
+            f"Check the shapes and dtypes of the example inputs against the model's forward."
+        )
+
+
+class _Recorded:
+    """Wraps a recorded value so that it prints by shape, dtype and device."""
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _signature(value: Any) -> object:
+    if isinstance(value, nn.Module):
+        tensors = [(tuple(t.shape), t.dtype, t.device) for t in (*value.parameters(), *value.buffers())]
+        return (type(value), value.extra_repr() if ops.MODULE_KINDS.get(type(value)) else repr(value), tensors)
+    return (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    found: Any = root
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def bind_placeholders(graph: fx.Graph, inputs: ExampleInputs) -> dict[fx.Node, Any]:
+    """Return the value of each placeholder for the given inputs.
+
+    Raises:
+        InputError: inputs are missing, or there are more than the graph takes.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    variadic = [node for node in placeholders if str(node.target).startswith("*")]
+    if not variadic and (len(inputs.args) > len(placeholders) or not inputs.kwargs.keys() <= set(names)):
+        raise InputError(
+            f"the graph takes the inputs ({', '.join(names)}), but {len(inputs.args)} positional inputs "
+            f"and the keywords {sorted(inputs.kwargs)} were given"
+        )
+    found: dict[fx.Node, Any] = {}
+    for position, node in enumerate(placeholders):
+        name = str(node.target)
+        if name.startswith("**"):
+            found[node] = {k: v for k, v in inputs.kwargs.items() if k not in names}
+        elif name.startswith("*"):
+            found[node] = inputs.args[position:]
+        elif position < len(inputs.args):
+            found[node] = inputs.args[position]
+        elif name in inputs.kwargs:
+            found[node] = inputs.kwargs[name]
+        elif node.args:
+            found[node] = node.args[0]
+        else:
+            raise InputError(f"the example inputs lack the input {name!r} of the model")
+    return found
+
+
+def _describe(value: Any) -> Value:
+    if isinstance(value, torch.Tensor):
+        return TensorInfo(tuple(int(size) for size in value.shape), value.dtype, value.device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_describe(item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_describe(item) for item in value) if type(value) in (tuple, list) else tuple(
+            _describe(item) for item in value
+        )  # fmt: skip
+    if isinstance(value, dict):
+        return {name: _describe(item) for name, item in value.items()}
+    return value
+
+
+def _materialise(value: Value, mode: FakeTensorMode) -> Any:
+    if isinstance(value, TensorInfo):
+        with mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_materialise(item, mode) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_materialise(item, mode) for item in value)
+    if isinstance(value, dict):
+        return {name: _materialise(item, mode) for name, item in value.items()}
+    return value
+
+
+def describe(value: Value) -> str:
+    """Return a short text for a value, e.g. "f32[1,64,56,56]"."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe(item) for item in value)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {describe(item)}" for name, item in value.items()) + "}"
+    return str(value)

@@ -1,0 +1,1 @@
+"""What a pass is, and how a list of passes runs."""

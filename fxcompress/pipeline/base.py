@@ -1,0 +1,152 @@
+"""What a pass is: `Pass`, `PassResult`, `Note` and the context that a pass runs in."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxcompress.errors import InputError, OptionError
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import Stage
+
+
+class Contract(enum.Enum):
+    """What a pass promises about the function that the graph computes."""
+
+    EXACT = "exact"  #: the same function, up to rounding; checked after the pass
+    APPROXIMATE = "approximate"  #: a function close to the one before
+    TRAINS = "trains"  #: the numbers change, the graph does not
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line of the ledger: what happened to a layer or node, or why nothing did.
+
+    layer: dotted path of the layer in the caller's model, or the name of the node.
+    text: for example "pruned 64 -> 32", "not pruned: output of the model", "int8", "float: input of softmax".
+    """
+
+    layer: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.text}"
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns.
+
+    graph_module: the graph after the pass (the one it was given, edited in place, or another).
+    modified: whether anything changed. False promises a graph that prints byte-identically and equal parameters.
+    edits: number of rewrites done, in the unit of the pass (channels, nodes, pairs, ...).
+    notes: the ledger of the pass.
+    metrics: figures worth a place in the report, e.g. {"loss": [0.5, 0.3]}.
+    """
+
+    graph_module: fx.GraphModule
+    modified: bool
+    edits: int = 0
+    notes: tuple[Note, ...] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PassContext:
+    """What a pass may use besides the graph.
+
+    example_inputs: the inputs that the model was traced with.
+    resources: data given to `compile`, by name: "calibration", "train_data".
+    target: "cpu" or "cuda".
+    reference: the captured float graph before the first pass (the default teacher of `Distill`), when it was kept.
+    progress: called as progress(description, done, total) during long work.
+    """
+
+    example_inputs: ExampleInputs
+    resources: dict[str, Any] = field(default_factory=dict)
+    target: str = "cpu"
+    reference: fx.GraphModule | None = None
+    progress: Callable[[str, int, int | None], None] = lambda description, done, total: None
+
+    def resource(self, given: Any, name: str, pass_name: str) -> Any:
+        """Return `given`, or the resource of that name if `given` is None.
+
+        Raises:
+            InputError: there is neither.
+        """
+        found = given if given is not None else self.resources.get(name)
+        if found is None:
+            raise InputError(
+                f"{pass_name} needs data: give it to the pass ({name}=...) or to fxcompress.compile({name}=...)"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base class of every pass. Subclass it as a frozen dataclass; its fields are its options.
+
+    Class attributes:
+        name: its word in pipeline text, e.g. "remove-channels".
+        requires: the stages it takes.
+        produces: the stage it leaves, or None for the one it was given.
+        contract: what it promises about the function that the graph computes.
+
+    A field whose metadata has `data=True` (see `data_field`) holds what cannot be written as text: tensors, loaders,
+    functions.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
+    produces: ClassVar[Stage | None] = None
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Transform the graph. The graph may be edited in place: the manager owns it."""
+        raise NotImplementedError(f"{type(self).__name__} must define run()")
+
+    def parts(self) -> tuple[Pass, ...]:
+        """Return the passes that this one stands for: itself, unless it is a group of passes."""
+        return (self,)
+
+    def __str__(self) -> str:
+        from fxcompress.pipeline.text import print_pass
+
+        return print_pass(self)
+
+
+def data_field(default: Any = None) -> Any:
+    """A dataclass field for data: left out of pipeline text and of comparisons."""
+    return dataclasses.field(default=default, metadata={"data": True}, compare=False, repr=False)
+
+
+def check_fraction(pass_name: str, option: str, value: float) -> None:
+    """Raise `OptionError` unless 0 <= value < 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise OptionError(f"{pass_name}: {option} must be at least 0 and below 1, not {value!r}")
+
+
+def check_choice(pass_name: str, option: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise `OptionError` unless `value` is one of `allowed`."""
+    choices = list(allowed)
+    if value not in choices:
+        raise OptionError(f"{pass_name}: {option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def parameters_equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts hold the same names and the same numbers, bit for bit (NaN equal to NaN)."""
+    return before.keys() == after.keys() and all(
+        before[name].shape == after[name].shape
+        and before[name].dtype == after[name].dtype
+        and torch.equal(before[name].nan_to_num(), after[name].nan_to_num())
+        for name in before
+    )

@@ -1,0 +1,205 @@
+"""PassManager: checks a list of passes, runs it, and does between two passes what is not the passes' business."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxcompress.analysis.cost import Cost, cost
+from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
+from fxcompress.graph import compare, verify
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import Stage, graph_info
+from fxcompress.graph.shapes import propagate
+from fxcompress.pipeline import registry
+from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
+from fxcompress.pipeline.presets import read_passes
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One row of the report: what one pass did.
+
+    name: the pass as text. seconds: its own time, without checks. cost: of the graph behind it.
+    difference: largest relative difference of the outputs (only for `exact` passes that were checked).
+    """
+
+    name: str
+    contract: str
+    seconds: float
+    modified: bool
+    edits: int
+    cost: Cost
+    notes: tuple[Note, ...] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What `PassManager.run` returns: the final graph, one row per pass, and the cost of the canonical float graph."""
+
+    graph_module: fx.GraphModule
+    rows: tuple[PassRow, ...]
+    start: Cost
+
+
+class PassManager:
+    """Runs passes over a graph.
+
+    Before the first pass the whole order is checked against the stages. Between two passes: fx lint, the rules of the
+    stage, shapes, costs, timing, and for `exact` passes a comparison of the outputs before and after.
+
+    Args:
+        passes: passes, pipeline text, or a list of both.
+        verify: whether to compare outputs across `exact` passes.
+        dump: called as dump(pass name, graph module) after every pass.
+        progress: called as progress(description, done, total).
+    """
+
+    def __init__(
+        self,
+        passes: object,
+        *,
+        verify: bool = True,
+        dump: Callable[[str, fx.GraphModule], None] | None = None,
+        progress: Callable[[str, int, int | None], None] | None = None,
+    ) -> None:
+        self.passes = [part for item in read_passes(passes) for part in _flatten(item)]
+        self.verify = verify
+        self.dump = dump
+        self.progress = progress
+
+    def run(
+        self, graph_module: fx.GraphModule, example_inputs: object, context: PassContext | None = None
+    ) -> PipelineResult:
+        """Run the passes on a copy of a traced graph.
+
+        Raises:
+            PassOrderError: before anything runs, if a pass meets a stage that it does not take.
+            PassError: a pass failed. Errors of fxcompress keep their class and gain the pass and its predecessors.
+            VerificationError: a pass left a graph that breaks a rule, or an `exact` pass changed the outputs.
+        """
+        if not isinstance(graph_module, fx.GraphModule):
+            raise OptionError(
+                f"PassManager.run takes a torch.fx.GraphModule, not {type(graph_module).__name__}; "
+                f"make one with fxcompress.trace(model, example_inputs)"
+            )
+        inputs = ExampleInputs.of(example_inputs)
+        passes = self._with_canonicalize(graph_module)
+        check_order(passes, graph_info(graph_module).stage)
+        context = context or PassContext(inputs)
+        if self.progress is not None:
+            context.progress = self.progress
+        current = copy.deepcopy(graph_module)
+        propagate(current, inputs)
+        rows: list[PassRow] = []
+        outputs: Any = None  # of the graph as it stands, where they are known
+        for index, item in enumerate(passes):
+            context.progress(str(item), index, len(passes))
+            title = _title(index, passes)
+            before = copy.deepcopy(current) if self._checks(item) else None
+            if before is not None and outputs is None:
+                outputs = compare.run(before, inputs)
+            started = time.perf_counter()
+            result = _run_pass(item, current, context, title)
+            seconds = time.perf_counter() - started
+            current = result.graph_module
+            _finish(item, current, inputs, title)
+            gap: float | None = None
+            if before is not None and result.modified:
+                expected, outputs = outputs, compare.require_equal(before, current, inputs, outputs, title)
+                gap = compare.difference(expected, outputs).relative
+            elif result.modified:
+                outputs = None
+            rows.append(
+                PassRow(str(item), str(item.contract), seconds, result.modified, result.edits, cost(current),
+                        result.notes, result.metrics, gap)  # fmt: skip
+            )
+            if self.dump is not None:
+                self.dump(item.name, current)
+        context.progress("done", len(passes), len(passes))
+        canonicalised = rows and passes[0].name == "canonicalize"
+        return PipelineResult(current, tuple(rows), rows[0].cost if canonicalised else cost(graph_module))
+
+    def _checks(self, item: Pass) -> bool:
+        return self.verify and item.contract is Contract.EXACT
+
+    def _with_canonicalize(self, graph_module: fx.GraphModule) -> list[Pass]:
+        if graph_info(graph_module).canonical or any(item.name == "canonicalize" for item in self.passes):
+            return self.passes
+        return [registry.find("canonicalize")(), *self.passes]
+
+
+def _flatten(item: Pass) -> list[Pass]:
+    parts = item.parts()
+    return [item] if parts == (item,) else [leaf for part in parts for leaf in _flatten(part)]
+
+
+def check_order(passes: list[Pass], stage: Stage) -> None:
+    """Walk the stages through a list of passes.
+
+    Raises:
+        PassOrderError: a pass does not take the stage that it would meet; says which order would do.
+    """
+    for index, item in enumerate(passes):
+        if stage not in item.requires:
+            raise PassOrderError(_order_message(passes, index, stage))
+        stage = item.produces or stage
+
+
+def _order_message(passes: list[Pass], index: int, stage: Stage) -> str:
+    item = passes[index]
+    wanted = " or ".join(sorted(str(one) for one in item.requires))
+    maker = next((p for p in reversed(passes[:index]) if p.produces is stage), None)
+    origin = f", as {str(maker)!r} left it" if maker else ""
+    message = f"pass {index + 1} ({item}) takes a graph of stage {wanted}, but would meet {stage}{origin}."
+    fitting = next((i for i in range(index) if passes[i].produces not in (None, *item.requires)), None)
+    if fitting is not None:
+        order = [*passes[:fitting], item, *passes[fitting:index], *passes[index + 1 :]]
+        return f"{message} This order would do: {', '.join(map(str, order))}"
+    needed = [name for name in registry.names() if _produces(name) in item.requires]
+    return f"{message} Put one of these before it: {', '.join(needed)}" if needed else message
+
+
+def _produces(name: str) -> Stage | None:
+    try:
+        return registry.find(name).produces
+    except ImportError:
+        return None
+
+
+def _title(index: int, passes: list[Pass]) -> str:
+    earlier = ", ".join(str(item) for item in passes[:index])
+    return f"pass {index + 1} ({passes[index]})" + (f", after {earlier}," if earlier else "")
+
+
+def _run_pass(item: Pass, graph_module: fx.GraphModule, context: PassContext, title: str) -> PassResult:
+    try:
+        result = item.run(graph_module, context)
+    except MissingExtraError:
+        raise
+    except FxCompressError as error:
+        raise type(error)(f"{title} {error}") from error
+    except Exception as error:
+        raise PassError(f"{title} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(result, PassResult) or not isinstance(result.graph_module, fx.GraphModule):
+        raise PassError(f"{title} must return a PassResult that holds a GraphModule, not {type(result).__name__}")
+    return result
+
+
+def _finish(item: Pass, graph_module: fx.GraphModule, inputs: ExampleInputs, title: str) -> None:
+    """What happens after every pass: the stage moves on, the graph is checked, shapes are brought up to date."""
+    if item.produces is not None:
+        graph_info(graph_module).stage = item.produces
+    verify.verify(graph_module, title)
+    graph_module.recompile()
+    try:
+        propagate(graph_module, inputs)
+    except FxCompressError as error:
+        raise PassError(f"{title} left a graph that does not run: {error}") from error

@@ -1,0 +1,110 @@
+"""What an 8-bit tensor may hold: the format (`QuantSpec`) and, once numbers are known, the grid (`Grid`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fxcompress.errors import OptionError
+
+#: The largest magnitude of a weight for which the sum of two products with unsigned 8-bit numbers fits 16 bits:
+#: 2 * 255 * 64 = 32640. CPUs without VNNI add such pairs with saturation (vpmaddubsw).
+REDUCED_WEIGHT_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A format of quantised numbers, without the scale.
+
+    dtype: torch.uint8 or torch.int8.
+    quant_min, quant_max: the smallest and the largest integer used.
+    symmetric: whether zero is the middle of the range, so that the zero point is fixed.
+    channel_axis: the axis that has a scale of its own for each index; None for one scale in all.
+    """
+
+    dtype: torch.dtype = torch.uint8
+    quant_min: int = 0
+    quant_max: int = 255
+    symmetric: bool = False
+    channel_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.uint8, torch.int8):
+            raise OptionError(f"QuantSpec: dtype must be torch.uint8 or torch.int8, not {self.dtype}")
+        limits = torch.iinfo(self.dtype)
+        if not limits.min <= self.quant_min < self.quant_max <= limits.max:
+            raise OptionError(
+                f"QuantSpec: quant_min {self.quant_min} and quant_max {self.quant_max} must be ordered and lie within "
+                f"{limits.min} and {limits.max}, the range of {self.dtype}"
+            )
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric format: 0 for signed numbers, the middle of the range for unsigned ones."""
+        return 0 if self.dtype == torch.int8 else (self.quant_min + self.quant_max + 1) // 2
+
+    def along(self, axis: int) -> QuantSpec:
+        """Return the same format with a scale for each index of `axis`."""
+        return replace(self, channel_axis=axis)
+
+
+#: The default of activations on x86 CPUs: unsigned, affine, one scale for the tensor.
+ACTIVATION = QuantSpec()
+
+#: The default of weights: signed, symmetric, a scale for each output channel; -128 is left out for symmetry.
+WEIGHT = QuantSpec(torch.int8, -127, 127, symmetric=True, channel_axis=0)
+
+#: Weights for CPUs without VNNI, see `REDUCED_WEIGHT_LIMIT`.
+REDUCED_WEIGHT = replace(WEIGHT, quant_min=-REDUCED_WEIGHT_LIMIT, quant_max=REDUCED_WEIGHT_LIMIT)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The real numbers that a quantised tensor can hold: scale * (q - zero_point), quant_min <= q <= quant_max.
+
+    The integers are unsigned 8-bit numbers; a signed grid is written as the unsigned one with the same real numbers
+    (`Grid.unsigned`).
+    """
+
+    scale: float
+    zero_point: int
+    quant_min: int = 0
+    quant_max: int = 255
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise OptionError(f"Grid: the scale must be a positive number, not {self.scale}")
+        if not 0 <= self.quant_min <= self.zero_point <= self.quant_max <= 255:
+            raise OptionError(
+                f"Grid: 0 <= quant_min <= zero_point <= quant_max <= 255 must hold, but they are {self.quant_min}, "
+                f"{self.zero_point} and {self.quant_max}"
+            )
+
+    @classmethod
+    def unsigned(cls, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Grid:
+        """Return the grid of these numbers with everything moved into 0..255 (by 128 where quant_min is negative)."""
+        shift = 128 if quant_min < 0 else 0
+        return cls(float(scale), int(zero_point) + shift, int(quant_min) + shift, int(quant_max) + shift)
+
+    @property
+    def lowest(self) -> float:
+        """The smallest real number on the grid."""
+        return self.scale * (self.quant_min - self.zero_point)
+
+    @property
+    def highest(self) -> float:
+        """The largest real number on the grid."""
+        return self.scale * (self.quant_max - self.zero_point)
+
+    def config(self) -> list[Any]:
+        """Return plain numbers, for a file."""
+        return [self.scale, self.zero_point, self.quant_min, self.quant_max]
+
+    @classmethod
+    def from_config(cls, config: Any) -> Grid:
+        """Build the grid that `config()` described."""
+        scale, zero_point, quant_min, quant_max = config
+        return cls(float(scale), int(zero_point), int(quant_min), int(quant_max))

@@ -1,0 +1,1 @@
+"""The rule engine: patterns, matches with reasons for refusals, and the driver."""

@@ -1,0 +1,1 @@
+"""The loops behind the training passes."""

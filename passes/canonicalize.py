@@ -1,0 +1,467 @@
+"""Canonicalize: one form for each operation, whatever spelling the model chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxcompress.errors import CaptureError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
+from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrite every operation into its canonical form.
+
+    1. Layers of torch.nn with parameters or a train/eval difference are modules of the plain torch.nn class: a
+       subclass with torch.nn's own forward loses its name, and a function that reads its weights from attributes
+       (`F.conv2d(x, self.weight)`, `F.batch_norm`, `F.layer_norm`, ...) becomes a module.
+    2. Everything else is one function with its required arguments by position and others by name where they are not
+       the default: `nn.ReLU`, `x.relu()`, `torch.relu` all become `F.relu`; `x.view` becomes `torch.reshape`.
+    3. Nothing works in place: users after an in-place operation read its result instead. Refused (`CaptureError`)
+       when the tensor written to is a view of one that is read again later.
+    4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
+    5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Rewrite every node once, in order."""
+        edits = _plain_classes(graph_module)
+        rewriter = _Rewriter(graph_module)
+        for node in list(graph_module.graph.nodes):
+            edits += rewriter.rewrite(node)
+        if edits:
+            rewriter.drop_unused_attributes()
+            graph_module.delete_all_unused_submodules()
+            graph_module.recompile()
+        graph_info(graph_module).canonical = True
+        return PassResult(graph_module, modified=edits > 0, edits=edits)
+
+
+def _plain_classes(graph_module: fx.GraphModule) -> int:
+    """Give layers of user-defined subclasses (with torch.nn's own forward) the plain class, and stop in-place dropout."""
+    changed = 0
+    for module in graph_module.modules():
+        base = next((base for base in type(module).__mro__ if base in _PLAIN), None)
+        if base is not None and type(module) is not base and type(module).forward is base.forward:
+            module.__class__ = base
+            changed += 1
+        if getattr(module, "inplace", False) is True and type(module) in ops.MODULE_KINDS:
+            module.inplace = False  # type: ignore[assignment]
+            changed += 1
+    return changed
+
+
+_PLAIN = {cls for cls in (*ops.MODULE_KINDS, *ops.STATELESS_MODULES, *ops.PADDING_MODULES)}
+
+
+class _Rewriter:
+    """Rewrites nodes in place and keeps the modules it has made, so that one weight makes one layer."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.layers: dict[object, str] = {}
+        self.positions = {node: index for index, node in enumerate(self.graph.nodes)}
+
+    def rewrite(self, node: fx.Node) -> int:
+        """Bring one node into canonical form. Returns 1 if that changed anything."""
+        if node.op == "call_module":
+            return self._module(node)
+        if node.op == "call_method":
+            return self._method(node)
+        if node.op == "call_function":
+            return self._function(node)
+        return 0
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node) -> int:
+        module = ops.submodule(node)
+        if type(module) in ops.STATELESS_MODULES:
+            function, names = ops.STATELESS_MODULES[type(module)]
+            options = {name: getattr(module, name) for name in names.split()}
+            inplace = bool(getattr(module, "inplace", False))
+            return self._become(node, function, {"input": _first_argument(node), **options}, inplace)
+        if type(module) in ops.PADDING_MODULES:
+            options = {"pad": tuple(module.padding), "mode": ops.PADDING_MODULES[type(module)]}  # type: ignore
+            if options["mode"] == "constant":
+                options["value"] = float(getattr(module, "value", 0.0)) or None
+            return self._become(node, F.pad, {"input": _first_argument(node), **options})
+        if node.kwargs and type(module) in ops.MODULE_KINDS and set(node.kwargs) == {"input"}:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
+            return 1
+        return 0
+
+    # -- methods ------------------------------------------------------------------------------------------------
+
+    def _method(self, node: fx.Node) -> int:
+        name = str(node.target)
+        inplace = name.endswith("_") and not name.endswith("__")
+        name = name.removesuffix("_") if inplace else name
+        if name in _METHOD_REWRITES and not inplace:
+            return _METHOD_REWRITES[name](self, node)
+        if name not in ops.BY_METHOD:
+            return 0
+        op = ops.BY_METHOD[name]
+        if op.kind == "add" and "alpha" in node.kwargs:
+            return 0
+        bound = ops.bind(op, node.args, node.kwargs)
+        return self._become(node, op.function, bound, inplace)
+
+    def size(self, node: fx.Node) -> int:
+        """x.size(dim=1) becomes x.size(1)."""
+        if "dim" in node.kwargs:
+            node.args, node.kwargs = (*node.args, node.kwargs["dim"]), {}
+            return 1
+        return 0
+
+    def reshape(self, node: fx.Node) -> int:
+        """x.view(2, -1), x.view((2, -1)) and x.reshape(...) become torch.reshape(x, (2, -1))."""
+        if isinstance(_variadic(node, "shape", "size"), torch.dtype) or "dtype" in node.kwargs:
+            return 0
+        return self._become(node, torch.reshape, {"input": node.args[0], "shape": _variadic(node, "shape", "size")})
+
+    def permute(self, node: fx.Node) -> int:
+        """x.permute(0, 2, 1) becomes torch.permute(x, (0, 2, 1))."""
+        return self._become(node, torch.permute, {"input": node.args[0], "dims": _variadic(node, "dims")})
+
+    def flip(self, node: fx.Node) -> int:
+        """x.flip(0, 1) becomes torch.flip(x, (0, 1))."""
+        return self._become(node, torch.flip, {"input": node.args[0], "dims": _variadic(node, "dims")})
+
+    def expand(self, node: fx.Node) -> int:
+        """x.expand((2, 3)) becomes x.expand(2, 3); the same for repeat."""
+        if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)):
+            node.args = (node.args[0], *node.args[1])
+            return 1
+        return 0
+
+    def swap(self, node: fx.Node) -> int:
+        """x.t() becomes torch.transpose(x, 0, 1)."""
+        return self._become(node, torch.transpose, {"input": node.args[0], "dim0": 0, "dim1": 1})
+
+    def ndim(self, node: fx.Node) -> int:
+        """x.dim() is a number."""
+        value = info(node.args[0]).value if isinstance(node.args[0], fx.Node) else None
+        return self._become_number(node, len(value.shape)) if isinstance(value, TensorInfo) else 0
+
+    # -- functions ----------------------------------------------------------------------------------------------
+
+    def _function(self, node: fx.Node) -> int:
+        target: Any = node.target
+        if target is getattr:
+            return self._getattr(node)
+        if target in ops.INPLACE_OPERATORS:
+            function = ops.INPLACE_OPERATORS[target]
+            inplace = ops.is_tensor_node(node.args[0])
+            return self._become(node, function, ops.bind(ops.BY_FUNCTION[function], node.args, node.kwargs), inplace)
+        if target not in ops.BY_FUNCTION:
+            return 0
+        op = ops.BY_FUNCTION[target]
+        if _is_number(info(node).value) and not node.all_input_nodes and op.kind not in ("ordered_dict",):
+            return self._become_number(node, info(node).value)
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None or "out" in node.kwargs:
+            return 0
+        bound = ops.bind(op, node.args, node.kwargs)
+        inplace = bool(bound.pop("inplace", False))
+        for dropped in ("alpha", "rounding_mode", "_stacklevel"):
+            bound.pop(dropped, None)
+        if op.kind in _LAYERS:
+            made = self._become_layer(node, op, bound)
+            if made:
+                return made
+        return self._become(node, op.function, bound, inplace)
+
+    def _getattr(self, node: fx.Node) -> int:
+        source, name = node.args[0], node.args[1]
+        value = info(source).value if isinstance(source, fx.Node) else None
+        if not isinstance(value, TensorInfo):
+            return 0
+        if name == "shape":
+            node.op, node.target, node.args = "call_method", "size", (source,)
+            return 1
+        if name == "ndim":
+            return self._become_number(node, len(value.shape))
+        if name in ("T", "mT") and len(value.shape) == 2:
+            return self._become(node, torch.transpose, {"input": source, "dim0": 0, "dim1": 1})
+        return 0
+
+    # -- the rewrites themselves --------------------------------------------------------------------------------
+
+    def _become(self, node: fx.Node, function: ops.Function, bound: dict[str, Any], inplace: bool = False) -> int:
+        """Turn `node` into a canonical call of `function`."""
+        args, kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: a)  # plain tuples, as fx stores them
+        unchanged = (
+            node.op == "call_function" and node.target is function and node.args == args and node.kwargs == kwargs
+        )
+        if unchanged and not inplace:
+            return 0
+        node.op, node.target = "call_function", function
+        node.args, node.kwargs = args, kwargs
+        if inplace:
+            self._redirect(node, args[0])
+        return 1
+
+    def _redirect(self, node: fx.Node, written: Any) -> None:
+        """Let later users of a tensor that was written to in place read the result instead."""
+        if not isinstance(written, fx.Node):
+            return
+        position = self.positions[node]
+        if ops.kind(written) in ops.VIEW_KINDS and written.all_input_nodes:
+            base = written.all_input_nodes[0]
+            late = [user for user in base.users if self.positions[user] > position]
+            if late and is_tensor_value(base):
+                raise CaptureError(
+                    f"{info(node).layer or node.name!r} writes in place to a view of {base.name!r}, which "
+                    f"{late[0].name!r} reads afterwards; write it without the in-place operation"
+                )
+        for user in list(written.users):
+            if user is not node and self.positions[user] > position:
+                user.replace_input_with(written, node)
+
+    def _become_number(self, node: fx.Node, number: Any) -> int:
+        """Write a number that is known into the users of a node."""
+
+        def replace(argument: Any) -> Any:
+            return number if argument is node else argument
+
+        for user in list(node.users):
+            user.args = fx.node.map_aggregate(user.args, replace)  # type: ignore[assignment]
+            user.kwargs = fx.node.map_aggregate(user.kwargs, replace)  # type: ignore[assignment]
+        self.graph.erase_node(node)
+        return 1
+
+    def _become_layer(self, node: fx.Node, op: ops.Op, bound: dict[str, Any]) -> int:
+        """Turn a function whose weights are attributes into a call of a layer. Returns 0 where that is not possible."""
+        tensor_names = _LAYERS[op.kind][0]
+        sources = {name: bound.get(name) for name in tensor_names}
+        if any(source is not None and not _is_attribute(source) for source in sources.values()):
+            return 0
+        tensors = {
+            name: edit.attribute(self.graph_module, str(source.target)) if isinstance(source, fx.Node) else None
+            for name, source in sources.items()
+        }
+        module = _LAYERS[op.kind][1](node, bound, tensors)
+        if module is None:
+            return 0
+        paths = {name: str(source.target) for name, source in sources.items() if isinstance(source, fx.Node)}
+        path = self._layer_path(node, module, paths)
+        node.op, node.target, node.args, node.kwargs = "call_module", path, (bound["input"],), {}
+        set_info(node, layer=path)
+        return 1
+
+    def _layer_path(self, node: fx.Node, module: nn.Module, paths: dict[str, str]) -> str:
+        """Put the layer where its weights stand, if it fits there, else beside them; equal layers share one module."""
+        key = (type(module), module.extra_repr(), tuple(sorted(paths.items())))
+        if paths and key in self.layers:
+            return self.layers[key]
+        holders = {path.rpartition(".")[0] for path in paths.values()}
+        holder = next(iter(holders)) if len(holders) == 1 else ""
+        fits = holder and all(path == f"{holder}.{name}" for name, path in paths.items())
+        if fits and type(edit.attribute(self.graph_module, holder)) is nn.Module and self._only_reader(holder, node):
+            path = holder
+        else:
+            path = edit.unique_path(self.graph_module, _layer_name(node, paths))
+        edit.add_module(self.graph_module, path, module)
+        self.layers[key] = path
+        return path
+
+    def _only_reader(self, holder: str, node: fx.Node) -> bool:
+        """Whether no other node reads an attribute below `holder` that the layer would not bring."""
+        own = set(node.all_input_nodes)
+        return all(
+            other in own or set(other.users) <= {node}
+            for other in self.graph.nodes
+            if other.op in ("get_attr", "call_module") and f"{other.target}.".startswith(f"{holder}.")
+        )
+
+    def drop_unused_attributes(self) -> None:
+        """Erase reads of attributes that layers have taken over, and the attributes themselves."""
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                path = str(node.target)
+                self.graph.erase_node(node)
+                still_read = any(n.op == "get_attr" and n.target == path for n in self.graph.nodes)
+                module, name = edit.owner(self.graph_module, path)
+                if not still_read and type(module) is nn.Module and hasattr(module, name):
+                    delattr(module, name)
+
+
+def is_tensor_value(node: fx.Node) -> bool:
+    """Whether a node produces one tensor, as far as is known."""
+    return isinstance(info(node).value, TensorInfo)
+
+
+_METHOD_REWRITES: dict[str, Callable[[_Rewriter, fx.Node], int]] = {
+    "view": _Rewriter.reshape, "reshape": _Rewriter.reshape, "permute": _Rewriter.permute, "flip": _Rewriter.flip,
+    "expand": _Rewriter.expand, "repeat": _Rewriter.expand, "t": _Rewriter.swap, "dim": _Rewriter.ndim,
+    "ndimension": _Rewriter.ndim, "size": _Rewriter.size,
+}  # fmt: skip
+
+
+def _variadic(node: fx.Node, *keywords: str) -> Any:
+    """Return sizes given as separate arguments or as one tuple."""
+    for keyword in keywords:
+        if keyword in node.kwargs:
+            return node.kwargs[keyword]
+    rest = node.args[1:]
+    if len(rest) == 1 and (isinstance(rest[0], (tuple, list, torch.dtype)) or _is_size(rest[0])):
+        return tuple(rest[0]) if isinstance(rest[0], (tuple, list)) else rest[0]
+    return tuple(rest)
+
+
+def _is_size(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and isinstance(info(argument).value, (tuple, list))
+
+
+def _first_argument(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_attribute(source: Any) -> bool:
+    return isinstance(source, fx.Node) and source.op == "get_attr"
+
+
+def _layer_name(node: fx.Node, paths: dict[str, str]) -> str:
+    if not paths:
+        return f"{info(node).layer}.{node.name}" if info(node).layer else node.name
+    first = next(iter(paths.values()))
+    parent, _, name = first.rpartition(".")
+    name = name if name != "weight" else node.name
+    return f"{parent}.{name}_layer" if parent else f"{name}_layer"
+
+
+# -- layers from functions: kind -> (names of the tensors, how to build the module) --------------------------------
+
+Tensors = dict[str, Any]
+
+
+def _fill(module: nn.Module, node: fx.Node, tensors: Tensors) -> nn.Module:
+    """Give a module made on the meta device its tensors, and the mode of the graph."""
+    for name, tensor in tensors.items():
+        if name in module._parameters:
+            trainable = tensor if isinstance(tensor, nn.Parameter) or tensor is None else nn.Parameter(tensor, False)
+            module._parameters[name] = trainable
+        elif name in module._buffers:
+            module._buffers[name] = tensor
+    module.training = node.graph.owning_module.training if node.graph.owning_module else False
+    return module
+
+
+def _linear(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    weight = tensors["weight"]
+    if weight.ndim != 2:
+        return None
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=tensors["bias"] is not None, device="meta")
+    return _fill(layer, node, tensors)
+
+
+def _conv(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    weight, transposed = tensors["weight"], "output_padding" in bound
+    options = {name: bound[name] for name in ("stride", "padding", "dilation", "groups")}
+    if any(isinstance(value, fx.Node) for value in fx.node.map_aggregate(tuple(options.values()), _as_is)):
+        return None
+    dims = weight.ndim - 2
+    families: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d) if transposed else (
+        nn.Conv1d, nn.Conv2d, nn.Conv3d)  # fmt: skip
+    inner, outer = weight.shape[1] * bound["groups"], weight.shape[0]
+    if transposed:
+        inner, outer = outer, inner
+        options["output_padding"] = bound["output_padding"]
+    layer = families[dims - 1](
+        inner, outer, tuple(weight.shape[2:]), bias=tensors["bias"] is not None, device="meta", **options
+    )
+    return _fill(layer, node, tensors)
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+def _batch_norm(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    mean = tensors["running_mean"]
+    source = info(bound["input"]).value
+    follows_mode = node.graph.owning_module is not None and bound["training"] is node.graph.owning_module.training
+    if mean is None or not isinstance(source, TensorInfo) or not follows_mode:
+        return None
+    family: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(len(source.shape))
+    if family is None or (tensors["weight"] is None) != (tensors["bias"] is None):
+        return None
+    affine = tensors["weight"] is not None
+    layer = family(mean.shape[0], eps=bound["eps"], momentum=bound["momentum"], affine=affine, device="meta")
+    layer.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=mean.device))
+    return _fill(layer, node, tensors)
+
+
+def _layer_norm(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    shape = bound["normalized_shape"]
+    if any(isinstance(size, fx.Node) for size in (shape if isinstance(shape, (tuple, list)) else [shape])):
+        return None
+    if tensors["weight"] is None and tensors.get("bias") is not None:
+        return None
+    affine = tensors["weight"] is not None
+    if "bias" not in tensors:
+        return _fill(nn.RMSNorm(shape, eps=bound["eps"], elementwise_affine=affine, device="meta"), node, tensors)
+    layer = nn.LayerNorm(shape, bound["eps"], affine, bias=tensors["bias"] is not None, device="meta")
+    return _fill(layer, node, tensors)
+
+
+def _group_norm(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    source = info(bound["input"]).value
+    if not isinstance(source, TensorInfo) or (tensors["weight"] is None) != (tensors["bias"] is None):
+        return None
+    affine = tensors["weight"] is not None
+    layer = nn.GroupNorm(bound["num_groups"], source.shape[1], bound["eps"], affine, device="meta")
+    return _fill(layer, node, tensors)
+
+
+def _prelu(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    return _fill(nn.PReLU(tensors["weight"].numel(), device="meta"), node, tensors)
+
+
+def _embedding(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    if bound["max_norm"] is not None or bound["sparse"] or bound["scale_grad_by_freq"]:
+        return None
+    weight = tensors["weight"]
+    return _fill(nn.Embedding(*weight.shape, padding_idx=bound["padding_idx"], device="meta"), node, tensors)
+
+
+def _dropout(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
+    """Dropout whose mode is that of the graph follows it; dropout that is always on or always off stays a function."""
+    training = bound.get("training", bound.get("train"))
+    if node.graph.owning_module is None or training is not node.graph.owning_module.training:
+        return None
+    family = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+              F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout}  # fmt: skip
+    return _fill(family.get(node.target, nn.Dropout)(bound["p"]), node, tensors)  # type: ignore[arg-type, call-overload]
+
+
+_Builder = Callable[[fx.Node, dict[str, Any], Tensors], "nn.Module | None"]
+_LAYERS: dict[str, tuple[tuple[str, ...], _Builder]] = {
+    "linear_function": (("weight", "bias"), _linear),
+    "conv_function": (("weight", "bias"), _conv),
+    "conv_transpose_function": (("weight", "bias"), _conv),
+    "batch_norm_function": (("running_mean", "running_var", "weight", "bias"), _batch_norm),
+    "layer_norm_function": (("weight", "bias"), _layer_norm),
+    "rms_norm_function": (("weight",), _layer_norm),
+    "group_norm_function": (("weight", "bias"), _group_norm),
+    "prelu_function": (("weight",), _prelu),
+    "embedding_function": (("weight",), _embedding),
+    "dropout_function": ((), _dropout),
+}

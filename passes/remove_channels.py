@@ -1,0 +1,363 @@
+"""RemoveChannels: take out every channel that is dead, whoever masked it, without changing the function."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxcompress.analysis.channels import Axis, Booleans, ParameterAxis, analyse
+from fxcompress.analysis.plans import ChannelPlan, removable
+from fxcompress.analysis.transfer import normalised_index
+from fxcompress.errors import FxCompressError, UnsupportedError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.metadata import TensorInfo, graph_info, info
+from fxcompress.graph.modules import PartialLayerNorm
+from fxcompress.graph.shapes import propagate
+from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Pass):
+    """Remove dead channels exactly.
+
+    A channel is dead when every place that reads it would not notice its absence:
+
+    1. It carries zero, or the weights that read it are zero: removed.
+    2. It carries another constant c (BN's beta, a bias, sigmoid(0)) and is read by a linear layer, or by a convolution
+       without zero padding: the bias becomes b + W c, then it is removed.
+    3. It carries a constant and is read by a LayerNorm: removed, and the layer remembers what it contributed to the
+       statistics (`PartialLayerNorm`).
+    4. Anything else stays, with the reason in the ledger: a constant read by a padded convolution, an output of the
+       model, an operator that is not understood.
+
+    All sizes written in the graph (`view`, `split`, `pad`, slices, ...) and in the layers (`groups`, `num_groups`, ...)
+    are rewritten. Repeated until nothing is dead, since removing rows can leave columns without use.
+    """
+
+    name: ClassVar[str] = "remove-channels"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Analyse, remove, and look again."""
+        before = _widths(graph_module)
+        edits = 0
+        while True:
+            plan = removable(graph_module, analyse(graph_module, constants=True))
+            if not plan.dead.any():
+                break
+            edits += int(plan.dead.sum())
+            _apply(graph_module, plan)
+            try:
+                propagate(graph_module, context.example_inputs)
+            except FxCompressError as error:
+                raise UnsupportedError(f"a size written in the graph cannot follow the removal: {error}") from error
+            _check_shapes(graph_module, plan)
+        return PassResult(graph_module, edits > 0, edits, tuple(_notes(plan, before, _widths(graph_module))))
+
+
+def _widths(graph_module: fx.GraphModule) -> dict[str, int]:
+    """Number of output channels of every layer that makes channels."""
+    found = {}
+    for node in graph_module.graph.nodes:
+        kind = ops.kind(node)
+        if kind in (*ops.ANCHOR_KINDS, "embedding"):
+            module: Any = ops.submodule(node)
+            names = {"conv": "out_channels", "conv_transpose": "out_channels", "linear": "out_features"}
+            found[str(node.target)] = int(getattr(module, names.get(kind, "embedding_dim")))
+    return found
+
+
+def _notes(plan: ChannelPlan, before: dict[str, int], after: dict[str, int]) -> list[Note]:
+    reasons = {note.layer: note.text for note in plan.notes("pruned")}
+    lines = []
+    for layer, width in before.items():
+        if after[layer] < width:
+            lines.append(Note(layer, f"pruned {width} -> {after[layer]}"))
+        else:
+            text = reasons.get(layer, "not pruned: its channels are fixed")
+            lines.append(Note(layer, text.replace("no channel was chosen", "no channel is dead")))
+    return lines
+
+
+def _apply(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
+    _fold_constants(graph_module, plan)
+    _slice_parameters(graph_module, plan)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            _update_layer(ops.submodule(node), node, plan)
+    for node in list(graph_module.graph.nodes):
+        rewrite = SIZES.get(ops.kind(node))
+        if rewrite is not None:
+            rewrite(node, plan)
+    graph_module.recompile()
+
+
+# -- constants ------------------------------------------------------------------------------------------------------
+
+
+def _fold_constants(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
+    """Move what removed channels contribute into the biases and statistics of their readers."""
+    for read in plan.analysis.reads:
+        removed = ~plan.alive(read.axis)
+        constant = np.where(removed, read.axis.constant, 0.0)
+        if not removed.any():
+            continue
+        module = ops.submodule(read.node)
+        if ops.kind(read.node) == "layer_norm":
+            _shrink_layer_norm(graph_module, read.node, removed, constant)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and np.nansum(np.abs(constant)) > 0:
+            _fold_into_bias(module, np.nan_to_num(constant))
+
+
+def _fold_into_bias(module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, constant: np.ndarray[Any, Any]) -> None:
+    weight = module.weight.detach().double()
+    columns = torch.from_numpy(constant).to(weight.device)
+    if getattr(module, "groups", 1) != 1:
+        return  # a grouped convolution loses only channels that are zero
+    shift = torch.einsum("oi...,i->o...", weight, columns).flatten(1).sum(1) if weight.ndim > 2 else weight @ columns
+    old = module.bias.detach().double() if module.bias is not None else torch.zeros_like(shift)
+    trainable = module.bias.requires_grad if module.bias is not None else module.weight.requires_grad
+    module.bias = nn.Parameter((old + shift).to(module.weight.dtype), requires_grad=trainable)
+
+
+def _shrink_layer_norm(
+    graph_module: fx.GraphModule, node: fx.Node, removed: Booleans, constant: np.ndarray[Any, Any]
+) -> None:
+    """Let a LayerNorm remember the removed entries; its weight and bias are sliced with all other parameters."""
+    old: Any = ops.submodule(node)
+    width = old.width if isinstance(old, PartialLayerNorm) else int(old.normalized_shape[0])
+    stored = int((~removed).sum())
+    new = PartialLayerNorm(stored, width, old.eps, affine=False)
+    new.weight, new.bias = old.weight, old.bias
+    reference = old.weight if old.weight is not None else torch.zeros((), dtype=info(node).value.dtype)
+    for name, power in (("missing_sum", 1), ("missing_square", 2)):
+        known = getattr(old, name, torch.zeros(())).double().item()
+        value = torch.tensor(known + float((constant**power).sum()), dtype=reference.dtype, device=reference.device)
+        setattr(new, name, value)
+    new.training = old.training
+    edit.add_module(graph_module, str(node.target), new)
+
+
+# -- parameters and layers ------------------------------------------------------------------------------------------
+
+
+def _slice_parameters(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
+    masks = graph_info(graph_module).masks
+    by_tensor: dict[tuple[str, ...], list[ParameterAxis]] = defaultdict(list)
+    for parameter in (*plan.analysis.parameters, *_new_biases(graph_module, plan)):
+        by_tensor[parameter.paths].append(parameter)
+    for paths, parameters in by_tensor.items():
+        tensor = edit.attribute(graph_module, paths[0]).detach()
+        known = masks.get(paths[0])
+        sliced = False
+        for parameter in parameters:
+            alive = plan.alive(parameter.axis)
+            if alive.all():
+                continue
+            indices = torch.from_numpy(alive.nonzero()[0])
+            tensor = tensor.index_select(parameter.dimension, indices.to(tensor.device))
+            known = None if known is None else known.index_select(parameter.dimension, indices.to(known.device))
+            sliced = True
+        if sliced:
+            edit.set_tied(graph_module, list(paths), tensor.contiguous())
+            if known is not None:
+                masks.update({path: known for path in paths})
+
+
+def _new_biases(graph_module: fx.GraphModule, plan: ChannelPlan) -> list[ParameterAxis]:
+    """Biases that folding has made since the analysis."""
+    known = {path for parameter in plan.analysis.parameters for path in parameter.paths}
+    found = []
+    for node in graph_module.graph.nodes:
+        path = f"{node.target}.bias"
+        if ops.kind(node) in ("conv", "linear") and path not in known and _module(node).bias is not None:
+            axis = plan.analysis.axes[node][_channel(node)]
+            if axis is not None:
+                found.append(ParameterAxis((path,), 0, axis, False))
+    return list({parameter.paths: parameter for parameter in found}.values())
+
+
+def _module(node: fx.Node) -> Any:
+    return ops.submodule(node)
+
+
+def _channel(node: fx.Node) -> int:
+    """Which dimension of a layer's output holds the channels."""
+    weight: torch.Tensor = _module(node).weight
+    return len(info(node).value.shape) - 1 - (weight.ndim - 2)
+
+
+def _update_layer(module: Any, node: fx.Node, plan: ChannelPlan) -> None:
+    """Bring the sizes that a layer states in line with its parameters."""
+    kind = ops.kind(node)
+    if kind == "conv":
+        depthwise = module.groups > 1 and module.in_channels == module.groups
+        module.out_channels = module.weight.shape[0]
+        module.groups = _input_width(node, plan) if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif kind == "conv_transpose":
+        depthwise = module.groups > 1 and module.in_channels == module.groups
+        module.in_channels = module.weight.shape[0]
+        module.groups = module.in_channels if depthwise else module.groups
+        module.out_channels = module.weight.shape[1] * module.groups
+    elif kind == "linear":
+        module.out_features, module.in_features = module.weight.shape
+    elif kind == "embedding":
+        module.embedding_dim = module.weight.shape[1]
+    elif kind in ("batch_norm", "instance_norm"):
+        module.num_features = _input_width(node, plan)
+    elif kind == "group_norm":
+        width = _input_width(node, plan)
+        if module.num_channels != width:
+            per_group = module.num_channels // module.num_groups
+            module.num_channels, module.num_groups = width, width // per_group
+    elif kind == "prelu" and module.num_parameters > 1:
+        module.num_parameters = module.weight.shape[0]
+
+
+def _input_width(node: fx.Node, plan: ChannelPlan) -> int:
+    """Number of channels that a layer's input has after removal."""
+    source = node.all_input_nodes[0]
+    shape = info(source).value.shape
+    weight = getattr(ops.submodule(node), "weight", None)
+    spatial = weight.ndim - 2 if weight is not None and weight.ndim > 2 else None
+    channel = len(shape) - 1 - spatial if spatial is not None else min(1, len(shape) - 1)
+    return new_shape(source, plan)[channel]
+
+
+# -- sizes written in the graph -------------------------------------------------------------------------------------
+
+
+def new_shape(node: fx.Node, plan: ChannelPlan) -> tuple[int, ...]:
+    """Return the shape that a tensor node will have after the removal."""
+    return _alive_shape(info(node).value.shape, plan.analysis.axes.get(node), plan)
+
+
+def _alive_shape(shape: tuple[int, ...], axes: Any, plan: ChannelPlan) -> tuple[int, ...]:
+    if not isinstance(axes, tuple) or len(axes) != len(shape):
+        return tuple(shape)
+    return tuple(
+        size if axis is None else int(plan.alive(axis).sum()) for size, axis in zip(shape, axes, strict=True)
+    )
+
+
+def _check_shapes(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
+    """Compare the shapes that the graph has now with those that the plan foresaw."""
+    for node, (old, axes) in plan_shapes(plan).items():
+        value = info(node).value
+        if isinstance(value, TensorInfo) and value.shape != _alive_shape(old, axes, plan):
+            raise UnsupportedError(
+                f"a size in the graph did not follow the removal: {node.name!r} has shape {value.shape} "
+                f"instead of {_alive_shape(old, axes, plan)}; keep its channels with ignore="
+            )
+
+
+def plan_shapes(plan: ChannelPlan) -> dict[fx.Node, tuple[tuple[int, ...], Any]]:
+    """Return the shape before the removal, and the axes, of every tensor node."""
+    found: dict[fx.Node, tuple[tuple[int, ...], Any]] = {}
+    for node, axes in plan.analysis.axes.items():
+        if isinstance(info(node).value, TensorInfo) and isinstance(axes, tuple) and any(axes):
+            sizes = tuple(
+                len(axis) if axis is not None else size
+                for axis, size in zip(axes, info(node).value.shape, strict=True)
+            )
+            found[node] = (sizes, axes)
+    return found
+
+
+def _set_sizes(sizes: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
+    """Replace the written sizes of dimensions that change; -1 and sizes read at run time stay."""
+    if not isinstance(sizes, (tuple, list)):
+        return sizes
+    return tuple(
+        after if isinstance(size, int) and size != -1 and before != after else size
+        for size, before, after in zip(sizes, old, new, strict=True)
+    )
+
+
+def _reshape(node: fx.Node, plan: ChannelPlan) -> None:
+    sizes = _set_sizes(node.args[1], info(node).value.shape, new_shape(node, plan))
+    node.args = (node.args[0], sizes)
+
+
+def _unflatten(node: fx.Node, plan: ChannelPlan) -> None:
+    source, dim, sizes = node.args
+    rank = len(info(source).value.shape)  # type: ignore[arg-type]
+    start = int(dim) % rank  # type: ignore[call-overload]
+    stop = start + len(sizes)  # type: ignore[arg-type]
+    new = _set_sizes(sizes, info(node).value.shape[start:stop], new_shape(node, plan)[start:stop])
+    node.args = (source, dim, new)
+
+
+def _expand(node: fx.Node, plan: ChannelPlan) -> None:
+    sizes = node.args[1:]
+    node.args = (node.args[0], *_set_sizes(sizes, info(node).value.shape, new_shape(node, plan)))
+
+
+def _split(node: fx.Node, plan: ChannelPlan) -> None:
+    """Sizes of the pieces are written out where they are no longer those of an even split."""
+    arguments = ops.arguments(node)
+    source = node.all_input_nodes[0]
+    along = int(arguments["dim"]) % len(info(source).value.shape)
+    pieces = plan.analysis.axes[node]
+    old = [value.shape[along] for value in info(node).value]
+    new = [_alive_shape(v.shape, axes, plan)[along] for v, axes in zip(info(node).value, pieces, strict=True)]
+    if old != new:
+        node.target, node.args, node.kwargs = torch.split, (source, tuple(new)), {"dim": along} if along else {}
+
+
+def _getitem(node: fx.Node, plan: ChannelPlan) -> None:
+    """Bounds of slices become numbers of channels that survive before them."""
+    source, index = node.args
+    value = info(source).value if isinstance(source, fx.Node) else None
+    if not isinstance(value, TensorInfo) or not isinstance(source, fx.Node):
+        return
+    items = normalised_index(index, len(value.shape))
+    if items is None:
+        return
+    position, changed = 0, False
+    for place, item in enumerate(items):
+        if item is None:
+            continue
+        axis: Axis | None = plan.analysis.axes[source][position] if plan.analysis.axes.get(source) else None
+        position += 1
+        if axis is None or not isinstance(item, slice) or item == slice(None):
+            continue
+        alive = plan.alive(axis)
+        start, stop, _ = item.indices(len(alive))
+        items[place] = slice(int(alive[:start].sum()), int(alive[:stop].sum()))
+        changed = changed or not alive.all()
+    if changed:
+        node.args = (source, tuple(items))
+
+
+def _pad(node: fx.Node, plan: ChannelPlan) -> None:
+    """Padded channels that are removed are not padded any more."""
+    arguments = ops.arguments(node)
+    axes, amounts = plan.analysis.axes[node], list(arguments["pad"])
+    for place in range(0, len(amounts), 2):
+        axis = axes[len(axes) - 1 - place // 2]
+        if axis is not None and isinstance(amounts[place], int) and (amounts[place] or amounts[place + 1]):
+            alive = plan.alive(axis)
+            low, high = amounts[place], amounts[place + 1]
+            amounts[place : place + 2] = [int(alive[:low].sum()), int(alive[len(alive) - high :].sum())]
+    if amounts != list(arguments["pad"]):
+        node.args = (node.args[0], tuple(amounts))
+
+
+#: Kinds of nodes that have sizes written in their arguments, and how those are rewritten.
+SIZES: dict[str, Callable[[fx.Node, ChannelPlan], None]] = {
+    "reshape": _reshape,
+    "unflatten": _unflatten,
+    "expand": _expand,
+    "split": _split,
+    "chunk": _split,
+    "getitem": _getitem,
+    "pad": _pad,
+}
