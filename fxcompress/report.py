@@ -149,15 +149,18 @@ def _notes_by_layer(notes: Iterable[Note]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _layer_line(
-    name: str, before: LayerCost | None, after: LayerCost | None, notes: tuple[str, ...]
-) -> LayerLine:
+def _layer_line(name: str, before: LayerCost | None, after: LayerCost | None, notes: tuple[str, ...]) -> LayerLine:
     empty = LayerCost("")
     old, new = before or empty, after or empty
     if not notes:
         notes = ("unchanged",) if after is not None else ("part of another node's kernel, or not needed any more",)
     return LayerLine(
-        name, old.kind or new.kind, (old.parameters, new.parameters), (old.macs, new.macs), (old.bytes, new.bytes), notes
+        name,
+        old.kind or new.kind,
+        (old.parameters, new.parameters),
+        (old.macs, new.macs),
+        (old.bytes, new.bytes),
+        notes,
     )
 
 

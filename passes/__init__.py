@@ -5,3 +5,34 @@ Import this package as `fxcompress.passes`.
 
 if __name__ != "fxcompress.passes":
     raise ImportError("import this package as fxcompress.passes: a second copy would hold a second set of classes")
+
+from fxcompress.passes.canonicalize import Canonicalize
+from fxcompress.passes.eliminate_common import EliminateCommon
+from fxcompress.passes.eliminate_dead import EliminateDead
+from fxcompress.passes.eliminate_identities import EliminateIdentities
+from fxcompress.passes.fold_constants import FoldConstants
+from fxcompress.passes.fuse import Fuse
+from fxcompress.passes.fuse_activation import FuseActivation
+from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
+from fxcompress.passes.mask_channels import MaskChannels
+from fxcompress.passes.mask_weights import MaskWeights
+from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.remove_channels import RemoveChannels
+from fxcompress.passes.train import Train
+
+__all__ = [
+    "Canonicalize",
+    "EliminateCommon",
+    "EliminateDead",
+    "EliminateIdentities",
+    "FoldBatchNorm",
+    "FoldBatchNormForward",
+    "FoldConstants",
+    "Fuse",
+    "FuseActivation",
+    "MaskChannels",
+    "MaskWeights",
+    "PruneChannels",
+    "RemoveChannels",
+    "Train",
+]

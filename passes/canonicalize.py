@@ -14,6 +14,7 @@ from fxcompress.errors import CaptureError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
+from fxcompress.rewrite.effects import has_effects
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Canonicalize(Pass):
        when the tensor written to is a view of one that is read again later.
     4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
     5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
+    6. Nodes that nothing reads, and that do nothing besides, go.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -40,6 +42,7 @@ class Canonicalize(Pass):
         rewriter = _Rewriter(graph_module)
         for node in list(graph_module.graph.nodes):
             edits += rewriter.rewrite(node)
+        edits += _drop_dead_nodes(graph_module.graph)
         if edits:
             rewriter.drop_unused_attributes()
             graph_module.delete_all_unused_submodules()
@@ -49,7 +52,7 @@ class Canonicalize(Pass):
 
 
 def _plain_classes(graph_module: fx.GraphModule) -> int:
-    """Give layers of user-defined subclasses (with torch.nn's own forward) the plain class, and stop in-place dropout."""
+    """Give layers of subclasses that keep torch.nn's own forward the plain class, and stop in-place dropout."""
     changed = 0
     for module in graph_module.modules():
         base = next((base for base in type(module).__mro__ if base in _PLAIN), None)
@@ -62,7 +65,16 @@ def _plain_classes(graph_module: fx.GraphModule) -> int:
     return changed
 
 
-_PLAIN = {cls for cls in (*ops.MODULE_KINDS, *ops.STATELESS_MODULES, *ops.PADDING_MODULES)}
+_PLAIN = {*ops.MODULE_KINDS, *ops.STATELESS_MODULES, *ops.PADDING_MODULES}
+
+
+def _drop_dead_nodes(graph: fx.Graph) -> int:
+    dropped = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effects(node):
+            graph.erase_node(node)
+            dropped += 1
+    return dropped
 
 
 class _Rewriter:
@@ -88,7 +100,7 @@ class _Rewriter:
 
     def _module(self, node: fx.Node) -> int:
         module = ops.submodule(node)
-        if type(module) in ops.STATELESS_MODULES:
+        if module is not None and type(module) in ops.STATELESS_MODULES:
             function, names = ops.STATELESS_MODULES[type(module)]
             options = {name: getattr(module, name) for name in names.split()}
             inplace = bool(getattr(module, "inplace", False))
@@ -238,8 +250,8 @@ class _Rewriter:
             return number if argument is node else argument
 
         for user in list(node.users):
-            user.args = fx.node.map_aggregate(user.args, replace)  # type: ignore[assignment]
-            user.kwargs = fx.node.map_aggregate(user.kwargs, replace)  # type: ignore[assignment]
+            user.args = fx.node.map_aggregate(user.args, replace)
+            user.kwargs = fx.node.map_aggregate(user.kwargs, replace)
         self.graph.erase_node(node)
         return 1
 
@@ -439,7 +451,9 @@ def _embedding(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Mod
     if bound["max_norm"] is not None or bound["sparse"] or bound["scale_grad_by_freq"]:
         return None
     weight = tensors["weight"]
-    return _fill(nn.Embedding(*weight.shape, padding_idx=bound["padding_idx"], device="meta"), node, tensors)
+    return _fill(
+        nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=bound["padding_idx"], device="meta"), node, tensors
+    )
 
 
 def _dropout(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Module | None:
@@ -449,7 +463,7 @@ def _dropout(node: fx.Node, bound: dict[str, Any], tensors: Tensors) -> nn.Modul
         return None
     family = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
               F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout}  # fmt: skip
-    return _fill(family.get(node.target, nn.Dropout)(bound["p"]), node, tensors)  # type: ignore[arg-type, call-overload]
+    return _fill(family.get(node.target, nn.Dropout)(bound["p"]), node, tensors)  # type: ignore[arg-type]
 
 
 _Builder = Callable[[fx.Node, dict[str, Any], Tensors], "nn.Module | None"]

@@ -223,8 +223,11 @@ class _Folding:
 
 
 def _is_view(node: fx.Node) -> bool:
+    """Whether a node hands on memory that it is given: no arithmetic, no conversion, no indexing by a tensor."""
     if node.op == "get_attr":
         return True
-    value, given = info(node).value, [info(source).value for source in node.all_input_nodes[:1]]
-    same_dtype = isinstance(value, TensorInfo) and all(isinstance(g, TensorInfo) and g.dtype == value.dtype for g in given)
-    return ops.kind(node) in ops.VIEW_KINDS and bool(given) and same_dtype
+    value, given = info(node).value, info(node.all_input_nodes[0]).value if node.all_input_nodes else None
+    if not isinstance(value, TensorInfo) or not isinstance(given, TensorInfo):
+        return False
+    by_tensor = ops.kind(node) == "getitem" and len(node.all_input_nodes) > 1
+    return ops.kind(node) in ops.VIEW_KINDS and value.dtype == given.dtype and not by_tensor

@@ -91,7 +91,9 @@ def matching_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> 
     Raises:
         OptionError: a pattern matches no layer; the nearest one is suggested.
     """
-    layers = {str(node.target) for node in graph_module.graph.nodes if ops.kind(node) in (*ops.ANCHOR_KINDS, "embedding")}
+    layers = {
+        str(node.target) for node in graph_module.graph.nodes if ops.kind(node) in (*ops.ANCHOR_KINDS, "embedding")
+    }
     found: set[str] = set()
     for pattern in patterns:
         hits = {path for path in layers if fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")}

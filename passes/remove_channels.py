@@ -167,7 +167,7 @@ def _slice_parameters(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
         if sliced:
             edit.set_tied(graph_module, list(paths), tensor.contiguous())
             if known is not None:
-                masks.update({path: known for path in paths})
+                masks.update(dict.fromkeys(paths, known))
 
 
 def _new_biases(graph_module: fx.GraphModule, plan: ChannelPlan) -> list[ParameterAxis]:
@@ -242,9 +242,7 @@ def new_shape(node: fx.Node, plan: ChannelPlan) -> tuple[int, ...]:
 def _alive_shape(shape: tuple[int, ...], axes: Any, plan: ChannelPlan) -> tuple[int, ...]:
     if not isinstance(axes, tuple) or len(axes) != len(shape):
         return tuple(shape)
-    return tuple(
-        size if axis is None else int(plan.alive(axis).sum()) for size, axis in zip(shape, axes, strict=True)
-    )
+    return tuple(size if axis is None else int(plan.alive(axis).sum()) for size, axis in zip(shape, axes, strict=True))
 
 
 def _check_shapes(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
@@ -264,8 +262,7 @@ def plan_shapes(plan: ChannelPlan) -> dict[fx.Node, tuple[tuple[int, ...], Any]]
     for node, axes in plan.analysis.axes.items():
         if isinstance(info(node).value, TensorInfo) and isinstance(axes, tuple) and any(axes):
             sizes = tuple(
-                len(axis) if axis is not None else size
-                for axis, size in zip(axes, info(node).value.shape, strict=True)
+                len(axis) if axis is not None else size for axis, size in zip(axes, info(node).value.shape, strict=True)
             )
             found[node] = (sizes, axes)
     return found
@@ -287,10 +284,10 @@ def _reshape(node: fx.Node, plan: ChannelPlan) -> None:
 
 
 def _unflatten(node: fx.Node, plan: ChannelPlan) -> None:
-    source, dim, sizes = node.args
-    rank = len(info(source).value.shape)  # type: ignore[arg-type]
-    start = int(dim) % rank  # type: ignore[call-overload]
-    stop = start + len(sizes)  # type: ignore[arg-type]
+    arguments = ops.arguments(node)
+    source, dim, sizes = (arguments[name] for name in ("input", "dim", "sizes"))
+    start = int(dim) % len(info(source).value.shape)
+    stop = start + len(sizes)
     new = _set_sizes(sizes, info(node).value.shape[start:stop], new_shape(node, plan)[start:stop])
     node.args = (source, dim, new)
 

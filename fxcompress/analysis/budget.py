@@ -45,7 +45,7 @@ class Budget:
         """Read a budget: a `Budget`, or text such as "macs:0.5"."""
         if isinstance(given, Budget):
             return given
-        quantity, colon, limit = str(given).partition(":")
+        quantity, _, limit = str(given).partition(":")
         try:
             number = int(limit) if limit.strip().isdigit() else float(limit)
         except ValueError:
@@ -57,12 +57,12 @@ class Budget:
         return self.limit * full if isinstance(self.limit, float) else float(self.limit)
 
 
-def Parameters(limit: float | int) -> Budget:  # noqa: N802 - reads like a class to users: budget=fxc.Parameters(0.5)
+def Parameters(limit: float | int) -> Budget:
     """A budget in parameters: a fraction of today's, or a number."""
     return Budget("parameters", limit)
 
 
-def MACs(limit: float | int) -> Budget:  # noqa: N802
+def MACs(limit: float | int) -> Budget:
     """A budget in multiply-accumulates per sample: a fraction of today's, or a number."""
     return Budget("macs", limit)
 
@@ -89,7 +89,7 @@ class CostOfChoice:
         batch = _batch(graph_module)
         canonical = {path: paths[0] for paths in edit.tensor_paths(graph_module).values() for path in paths}
         for node in graph_module.graph.nodes:
-            count = node_macs(node, graph_module) // batch
+            count = node_macs(node) // batch
             if count and ops.kind(node) in ops.ANCHOR_KINDS:
                 path = canonical[f"{node.target}.weight"]
                 self.macs_by_weight[path] = self.macs_by_weight.get(path, 0) + count
@@ -98,14 +98,12 @@ class CostOfChoice:
 
     def __call__(self, quantity: str, dead: Booleans) -> float:
         """Return "parameters" or "macs" of the network without the groups marked in `dead`."""
-        shares = {path: 1.0 for path in self.shapes}
+        shares = dict.fromkeys(self.shapes, 1.0)
         for path, dimension, size, axis in self.rows:
             if size == self.shapes[path][dimension]:
                 shares[path] *= float(np.count_nonzero(self.analysis.alive(axis, dead))) / size
         if quantity == "parameters":
-            return sum(
-                math.prod(shape) * shares[path] for path, shape in self.shapes.items() if path in self.trainable
-            )
+            return sum(math.prod(shape) * shares[path] for path, shape in self.shapes.items() if path in self.trainable)
         return self.fixed_macs + sum(count * shares[path] for path, count in self.macs_by_weight.items())
 
 

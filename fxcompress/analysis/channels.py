@@ -147,7 +147,7 @@ class Walk:
     def parameter(
         self, tensor: torch.Tensor | None, dimension: int, axis: Axis | None, why: str, producer: bool = False
     ) -> None:
-        """Say that a dimension of a parameter is indexed by an axis. A tensor met before is tied to what it was then."""
+        """Say that a dimension of a parameter is indexed by an axis. A tensor met before is tied to its old one."""
         if tensor is None:
             return
         key = (id(tensor), dimension)
@@ -205,8 +205,7 @@ class ChannelAnalysis:
 
     def alive(self, axis: Axis, dead: Booleans) -> Booleans:
         """Return which indices of an axis survive when the groups marked in `dead` (shape (groups,)) are removed."""
-        kept: Booleans = ~dead[self.groups(axis)].any(axis=0)
-        return kept
+        return np.asarray(~dead[self.groups(axis)].any(axis=0))
 
     def free(self) -> Booleans:
         """Return which groups are not frozen, shape (groups,)."""

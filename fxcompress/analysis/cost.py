@@ -54,7 +54,7 @@ def cost(graph_module: fx.GraphModule) -> Cost:
         own = LayerCost(
             ops.kind(node) if ops.kind(node) != "opaque" else _type_name(node),
             sum(t.numel() for t in tensors if _is_parameter(t)),
-            macs(node, graph_module) // batch,
+            macs(node) // batch,
             sum(t.numel() * t.element_size() for t in tensors),
             value.shape if isinstance(value, TensorInfo) else (),
         )
@@ -77,7 +77,7 @@ def layer_name(node: fx.Node) -> str:
     return node.name
 
 
-def macs(node: fx.Node, graph_module: fx.GraphModule) -> int:
+def macs(node: fx.Node) -> int:
     """Return the multiply-accumulates of one node for the whole example batch."""
     value = info(node).value
     if not isinstance(value, TensorInfo):
@@ -87,15 +87,14 @@ def macs(node: fx.Node, graph_module: fx.GraphModule) -> int:
         left = info(node.all_input_nodes[0]).value
         return math.prod(value.shape) * left.shape[-1] if isinstance(left, TensorInfo) else 0
     if kind == "attention":
-        key = info(node.args[1]).value  # type: ignore[arg-type]
-        query = info(node.args[0]).value  # type: ignore[arg-type]
-        return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        query, key = (info(source).value for source in node.all_input_nodes[:2])
+        return int(math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
     weight = _weight_shape(node)
     if weight is None:
         return 0
     if kind.startswith("conv_transpose"):
         source = info(node.all_input_nodes[0]).value
-        return math.prod(weight) * math.prod(source.shape) // source.shape[1]
+        return int(math.prod(weight) * math.prod(source.shape) // source.shape[1])
     if kind.startswith("linear") or len(weight) == 2:
         return math.prod(weight) * math.prod(value.shape[:-1])
     return math.prod(weight) * math.prod(value.shape) // value.shape[1]

@@ -47,9 +47,7 @@ def _producers(analysis: ChannelAnalysis) -> list[ParameterAxis]:
 
 
 def _batch_norm_scales(graph_module: fx.GraphModule, analysis: ChannelAnalysis) -> list[ParameterAxis]:
-    paths = {
-        f"{node.target}.weight" for node in graph_module.graph.nodes if ops.kind(node) == "batch_norm"
-    }
+    paths = {f"{node.target}.weight" for node in graph_module.graph.nodes if ops.kind(node) == "batch_norm"}
     return [parameter for parameter in analysis.parameters if paths.intersection(parameter.paths)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from fxcompress.analysis.budget import Budget, CostOfChoice
-from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis, Floats, Integers, ParameterAxis
 from fxcompress.analysis.importance import families, widths
 from fxcompress.errors import BudgetError, UnsupportedError
 from fxcompress.graph import edit
@@ -95,58 +95,73 @@ def choose(
 
 
 class _Chooser:
-    """Ranks the groups once and answers for any ratio."""
+    """Ranks the groups of every family and answers for any ratio."""
 
-    def __init__(
-        self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, max_ratio: float
-    ) -> None:
+    def __init__(self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, max_ratio: float) -> None:
         self.analysis, self.scope, self.round_to, self.max_ratio = analysis, scope, round_to, max_ratio
         family = families(analysis)
         free = analysis.free() & (family >= 0)
         judged = free & ~np.isnan(scores)
         self.reasons = dict.fromkeys(np.flatnonzero(free & ~judged).tolist(), "the criterion cannot judge it")
         self.scores, self.width = scores, widths(analysis)
-        self.members: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []  # of every family, least important first
-        self.relative = np.full(len(scores), np.inf)
-        order = np.argsort(np.where(judged, family, -2), kind="stable")
-        labels = np.where(judged, family, -2)[order]
-        for members in np.split(order, np.flatnonzero(np.diff(labels)) + 1):
-            if len(members) and judged[members[0]]:
-                ranked = members[np.argsort(scores[members], kind="stable")]
-                mean = scores[members].clip(min=0).mean()
-                self.relative[members] = scores[members] / mean if mean > 0 else scores[members]
-                self.members.append(ranked)
+        order = np.argsort(family, kind="stable")
+        order = order[judged[order]]
+        cuts = np.flatnonzero(np.diff(family[order])) + 1
+        self.members = [members for members in np.split(order, cuts) if len(members)]
         self.axes = _distinct_axes(analysis)
 
     def choose(self, ratio: float) -> Booleans:
-        """Return the groups to mask for a ratio."""
-        dead = np.zeros(self.analysis.group_count, dtype=bool)
-        if self.scope == "layer":
-            counts = [int(len(members) * ratio + 1e-9) for members in self.members]
-        else:
-            total = sum(len(members) for members in self.members)
-            candidates = np.concatenate(self.members) if self.members else np.zeros(0, dtype=np.int64)
-            ranked = candidates[np.argsort(self.relative[candidates], kind="stable")]
-            chosen = np.zeros(len(dead), dtype=bool)
-            chosen[ranked[: int(total * ratio + 1e-9)]] = True
-            counts = [min(int(chosen[m].sum()), int(len(m) * self.max_ratio)) for m in self.members]
-        for members, count in zip(self.members, counts, strict=True):
-            dead[members[: self._rounded(members, count)]] = True
-        return self._revive(dead)
+        """Return the groups to mask for a ratio.
 
-    def _rounded(self, members: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> int:
-        """Lower a number of groups to mask so that a multiple of `round_to` channels, and at least one group, is left."""
+        Rounding, and axes that would become empty, spare groups; others are chosen in their place until nothing
+        changes. A group that is masked already comes first, so that a second run chooses what the first one did.
+        """
+        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        while True:
+            chosen = self._once(ratio, np.where(dead, -1.0, self.scores))
+            if not (chosen & ~dead).any():
+                return chosen
+            dead = chosen
+
+    def _once(self, ratio: float, scores: Floats) -> Booleans:
+        ranked = [members[np.argsort(scores[members], kind="stable")] for members in self.members]
+        counts = self._even(ratio, ranked) if self.scope == "layer" else self._ranked_together(ratio, ranked, scores)
+        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        for members, count in zip(ranked, counts, strict=True):
+            dead[members[: self._rounded(members, count)]] = True
+        return self._revive(dead, scores)
+
+    def _even(self, ratio: float, ranked: list[Integers]) -> list[int]:
+        """The same share of every family."""
+        return [int(len(members) * ratio + 1e-9) for members in ranked]
+
+    def _ranked_together(self, ratio: float, ranked: list[Integers], scores: Floats) -> list[int]:
+        """How many of every family are among the least important of all, each score divided by its family's mean."""
+        if not ranked:
+            return []
+        limits = [int(len(members) * self.max_ratio) for members in ranked]
+        relative, owner = [], []
+        for index, (members, limit) in enumerate(zip(ranked, limits, strict=True)):
+            mean = scores[members].clip(min=0).mean()
+            relative.append(scores[members[:limit]] / (mean if mean > 0 else 1.0))
+            owner.append(np.full(limit, index))
+        total = sum(len(members) for members in ranked)
+        lowest = np.argsort(np.concatenate(relative), kind="stable")[: int(total * ratio + 1e-9)]
+        return np.bincount(np.concatenate(owner)[lowest], minlength=len(ranked)).tolist()  # type: ignore[no-any-return]
+
+    def _rounded(self, members: Integers, count: int) -> int:
+        """Lower a number of groups to mask so that a multiple of `round_to` channels, and one group, is left."""
         left, width = len(members) - count, max(int(self.width[members[0]]), 1)
         while left < len(members) and (left < 1 or left * width % self.round_to):
             left += 1
         return len(members) - left
 
-    def _revive(self, dead: Booleans) -> Booleans:
+    def _revive(self, dead: Booleans, scores: Floats) -> Booleans:
         """Keep the most important group of every axis that would lose all of its indices."""
         for axis in self.axes:
             groups = self.analysis.groups(axis)
             if dead[groups].any(axis=0).all():
-                best = groups[:, int(np.argmax(np.nan_to_num(self.scores[groups[0]], nan=np.inf)))]
+                best = groups[:, int(np.argmax(np.nan_to_num(scores[groups[0]], nan=np.inf)))]
                 dead[best] = False
         return dead
 
@@ -172,7 +187,10 @@ def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
     nothing = np.zeros(chooser.analysis.group_count, dtype=bool)
     full = cost(budget.quantity, nothing)
     target = budget.target(full)
-    best, best_cost = nothing, full
+    masked = chooser.scores == -1.0  # by an earlier run, perhaps of this very pass
+    best, best_cost = masked, cost(budget.quantity, masked)
+    if abs(best_cost - target) <= 0.03 * target:
+        return masked
     low, high = 0.0, 1.0 - 1e-9
     for _ in range(40):
         middle = (low + high) / 2
@@ -217,12 +235,12 @@ def removable(graph_module: fx.GraphModule, analysis: ChannelAnalysis) -> Channe
     return ChannelPlan(analysis, dead, reasons)
 
 
-def _refuse_empty_layer(graph_module: fx.GraphModule, analysis: ChannelAnalysis, groups: Floats) -> None:
+def _refuse_empty_layer(graph_module: fx.GraphModule, analysis: ChannelAnalysis, groups: Integers) -> None:
     wanted = set(np.unique(groups).tolist())
     for parameter in analysis.parameters:
         if parameter.producer and set(np.unique(analysis.groups(parameter.axis)).tolist()) <= wanted:
             weight = edit.attribute(graph_module, parameter.paths[0])
-            if not weight.detach().any():
+            if len(groups[0]) > 1 and not weight.detach().any():
                 raise UnsupportedError(
                     f"{parameter.paths[0].rpartition('.')[0]!r} would lose all of its {weight.shape[0]} channels: "
                     f"every weight is zero. Mask fewer of them, or take the layer out of the model"

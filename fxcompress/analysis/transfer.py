@@ -344,7 +344,7 @@ def _prelu(walk: Walk, node: fx.Node) -> Axes:
     if module.num_parameters > 1:
         walk.parameter(module.weight, 0, axis, f"{node.target}, used in two ways")
     slope = numbers(module.weight, 1 if module.num_parameters == 1 else module.num_parameters, 0.25)
-    found = []
+    found: list[Axis | None] = []
     for position, item in enumerate(given):
         if item is None:
             found.append(None)
@@ -395,7 +395,7 @@ def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> F
     """Constants of an elementwise result along one dimension, by calling the function on those of its inputs."""
     unknown = np.full(size, np.nan)
     kind = ops.kind(node)
-    if not walk.follow_constants or kind in _HIDES_NAN or node.op == "call_module" and kind != "dropout":
+    if not walk.follow_constants or kind in _HIDES_NAN or (node.op == "call_module" and kind != "dropout"):
         return unknown
     if kind in ("identity", "dropout", "dropout_function"):
         return _operand_constants(walk, node, node.all_input_nodes[0], dimension, size)
@@ -524,7 +524,8 @@ def _split(walk: Walk, node: fx.Node) -> Any:
 
 @transfer("getitem")
 def _getitem(walk: Walk, node: fx.Node) -> Any:
-    source, index = node.args[0], node.args[1]
+    source: Any = node.args[0]
+    index: Any = node.args[1]
     value = info(source).value if isinstance(source, fx.Node) else None
     if not isinstance(value, TensorInfo):
         found = walk.axes.get(source, ()) if isinstance(source, fx.Node) else ()
@@ -736,8 +737,9 @@ def _pad(walk: Walk, node: fx.Node) -> Axes:
     for position, (axis, pair) in enumerate(zip(given, pairs, strict=True)):
         if axis is None or pair == (0, 0):
             others = spread and any(p != (0, 0) for i, p in enumerate(pairs) if i != position)
-            keeps = axis and np.where(axis.constant == value, value, np.nan)
-            found.append(axis.with_constant(keeps) if axis is not None and others else axis)
+            if axis is not None and others:
+                axis = axis.with_constant(np.where(axis.constant == value, value, np.nan))
+            found.append(axis)
         elif mode != "constant" or min(pair) < 0:
             walk.freeze(axis, f"padded by copies or cropped in {node.name}")
             found.append(None)
@@ -754,7 +756,9 @@ def _new_channels(walk: Walk, count: int, value: float) -> Axis:
 # -- reductions -----------------------------------------------------------------------------------------------------
 
 
-@transfer("mean", "sum", "amax", "amin", "var", "std", "softmax", "log_softmax", "normalize", "norm", "argmax", "cumsum")
+@transfer(
+    "mean", "sum", "amax", "amin", "var", "std", "softmax", "log_softmax", "normalize", "norm", "argmax", "cumsum"
+)
 def _reduce(walk: Walk, node: fx.Node) -> Axes:
     """Channels that are reduced over stay, except that zeros can leave a sum; the others pass."""
     arguments = ops.arguments(node)

@@ -318,48 +318,63 @@ class Int8Conv(Int8Layer):
     def _summing_words(self) -> tuple[str, ...]:
         return () if len(self.kernel_size) == 3 else ("none", "relu")
 
-    def _packed(self, input: torch.Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def _packed(self, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The kernel's arguments from the input's scale to the weight, and from the bias to the dtype of the result.
 
-        A zero point costs the kernel time, so it is folded into the bias. With padding it cannot be: there the zero
-        point stands for the missing numbers.
+        The input's zero point costs the kernel up to twice its time, so it is folded into the bias; `_entrance` does
+        the padding that it stands for.
         """
-        zero_point, bias = self.input.zero_point, self.bias
-        if not any(self.padding):
-            zero_point, bias = 0, self._bias_with_zero_point()
-        weight, shape = self.weight, list(input.shape)
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        if len(self.kernel_size) == 1:
+        weight, stride, padding, dilation = self.weight, self.stride, self.padding, self.dilation
+        if self.input.zero_point:
+            shape = [*shape[:2], *(size + 2 * more for size, more in zip(shape[2:], padding, strict=True))]
+            padding = [0] * len(stride)
+        if len(stride) == 1:
             weight, shape = weight.unsqueeze(2), [*shape[:2], 1, shape[2]]
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
         geometry = (stride, padding, dilation, self.groups)
         scale = self.input.scale
-        packed = torch.ops.onednn.qconv_prepack(weight, self.weight_scale, scale, zero_point, *geometry, shape)
+        packed = torch.ops.onednn.qconv_prepack(weight, self.weight_scale, scale, 0, *geometry, list(shape))
         zeros = torch.zeros(self.out_channels, dtype=torch.int32)
-        return (scale, zero_point, packed, self.weight_scale, zeros), (bias, *geometry, *self._result())
+        bias = self._bias_with_zero_point()
+        return (scale, 0, packed, self.weight_scale, zeros), (bias, *geometry, *self._result())
+
+    def _entrance(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What happens to the input before the kernel sees it: a padding with its zero point."""
+        zero_point = self.input.zero_point
+        if not zero_point or not any(self.padding):
+            return None
+        amounts = [amount for size in reversed(self.padding) for amount in (size, size)]
+        return lambda x: F.pad(x, amounts, value=zero_point)
 
     def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
-        before, after = self._packed(input)
+        before, after = self._packed(input.shape)
         rest = (*before, *after, word, arguments, "")
-        if len(self.kernel_size) == 3:
-            call = torch.ops.onednn.qconv3d_pointwise.default
-            return lambda x: call(x, *rest)  # type: ignore[no-any-return]
-        call = torch.ops.onednn.qconv2d_pointwise.default
-        if len(self.kernel_size) == 2:
-            return lambda x: call(x, *rest)  # type: ignore[no-any-return]
-        return lambda x: call(x.unsqueeze(2), *rest).squeeze(2)  # type: ignore[no-any-return]
+        operators = torch.ops.onednn
+        call = (operators.qconv3d_pointwise if len(self.stride) == 3 else operators.qconv2d_pointwise).default
+        enter, flat = self._entrance(), len(self.stride) == 1
+        if flat:
+            return lambda x: call((enter(x) if enter else x).unsqueeze(2), *rest).squeeze(2)  # type: ignore[no-any-return]
+        if enter:
+            return lambda x: call(enter(x), *rest)  # type: ignore[no-any-return]
+        return lambda x: call(x, *rest)  # type: ignore[no-any-return]
 
     def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
         call = torch.ops.onednn.qconv2d_pointwise.binary
-        before, after = self._packed(input)
+        before, after = self._packed(input.shape)
         rest = (*after, *self._accumulator(), "sum", 1.0, word, [], "")
-        take, flat = (torch.Tensor.contiguous if self.overwrite else torch.clone), len(self.kernel_size) == 1
+        take = torch.Tensor.contiguous if self.overwrite else torch.clone
+        enter, flat = self._entrance(), len(self.stride) == 1
 
         def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            if enter is not None:
+                x = enter(x)
+            if flat:
+                x, residual = x.unsqueeze(2), residual.unsqueeze(2)
             total = take(residual, memory_format=torch.channels_last)
-            return call(x, *before, total, *rest)  # type: ignore[no-any-return]
+            result: torch.Tensor = call(x, *before, total, *rest)
+            return result.squeeze(2) if flat else result
 
-        return (lambda x, r: run(x.unsqueeze(2), r.unsqueeze(2)).squeeze(2)) if flat else run
+        return run
 
 
 class Int8Linear(Int8Layer):

@@ -52,10 +52,7 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
     duplicate = _copy(model)
     if training is not None:
         duplicate.train(training)
-    if isinstance(duplicate, fx.GraphModule):
-        graph_module = duplicate
-    else:
-        graph_module = _trace_module(duplicate, inputs)
+    graph_module = duplicate if isinstance(duplicate, fx.GraphModule) else _trace_module(duplicate, inputs)
     _drop_unused_modules(graph_module)
     propagate(graph_module, inputs)
     return graph_module
@@ -124,7 +121,7 @@ def _is_leaf(module: nn.Module) -> bool:
                 getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")
             )
         if base.__module__.startswith("torch.nn.modules") and base is not nn.Module and not _is_container(base):
-            return getattr(type(module), "forward", None) is base.forward
+            return getattr(type(module), "forward", None) is getattr(base, "forward", None)
     # Kernels and observers of our own stay whole when a compiled module is traced as part of another model.
     return type(module).__module__.startswith(("fxcompress.quant", "fxcompress.emit", "fxcompress.graph.modules"))
 
@@ -179,9 +176,7 @@ def _concrete_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, An
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
-        raise InputError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
+        raise InputError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
     concrete: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -255,5 +250,3 @@ def _location(trace: TracebackType | None) -> str:
     if not frames:
         return "(no line of the model's own code is involved)"
     return f"at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)"
-
-

@@ -18,10 +18,12 @@ from fxcompress.graph.shapes import evaluation
 def tolerance(dtype: torch.dtype, operations: int) -> float:
     """Return the largest difference, relative to the largest output, that rounding alone explains.
 
-    Rounding errors of independent operations add up like a random walk: machine epsilon, times the square root of
-    the number of operations, times a factor of 64 for the length of the sums inside them.
+    Rounding errors of independent operations add up like a random walk, with the square root of their number. The
+    factor before it leaves room for the length of the sums inside them and, in float64, where there is room to spare,
+    for normalisations that divide by a small deviation.
     """
-    return 64 * torch.finfo(dtype).eps * math.sqrt(max(operations, 16))
+    room = 2.0**16 if dtype == torch.float64 else 64.0
+    return room * torch.finfo(dtype).eps * math.sqrt(max(operations, 16))
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def _leaf_difference(left: Any, right: Any, where: str) -> Difference:
     reference, result = left[finite].double(), right[finite].double()
     scale = reference.abs().max().item()
     gap = (reference - result).abs().max().item()
-    return Difference(gap / scale if scale else gap, f"{where}: largest difference {gap:.3g}, largest value {scale:.3g}")
+    return Difference(
+        gap / scale if scale else gap, f"{where}: largest difference {gap:.3g}, largest value {scale:.3g}"
+    )
 
 
 def run(module: torch.nn.Module, inputs: ExampleInputs) -> Any:
@@ -89,7 +93,7 @@ def require_equal(
     """
     found = run(after, inputs)
     gap = difference(expected, found)
-    limit = tolerance(_dtype(expected), len(before.graph.nodes))
+    limit = tolerance(coarsest_dtype(expected), len(before.graph.nodes))
     if gap.relative <= limit:
         return found
     raise VerificationError(
@@ -112,7 +116,7 @@ def require_same_outputs(model: torch.nn.Module, captured: fx.GraphModule, input
         )
 
 
-def _dtype(outputs: Any) -> torch.dtype:
+def coarsest_dtype(outputs: Any) -> torch.dtype:
     """The coarsest floating dtype among the outputs; float32 if there is none."""
     dtypes = [leaf.dtype for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]

@@ -62,7 +62,9 @@ class ExampleInputs:
 
     def describe(self) -> str:
         """Return the shapes and dtypes of the tensors, for messages."""
-        return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in self.tensors())
+        return ", ".join(
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in self.tensors()
+        )
 
 
 def check_device(inputs: ExampleInputs, model: nn.Module) -> None:

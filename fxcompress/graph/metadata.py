@@ -39,7 +39,9 @@ class TensorInfo:
     device: torch.device
 
     def __str__(self) -> str:
-        return f"{_SHORT_DTYPES.get(self.dtype, str(self.dtype).removeprefix('torch.'))}[{','.join(map(str, self.shape))}]"
+        return (
+            f"{_SHORT_DTYPES.get(self.dtype, str(self.dtype).removeprefix('torch.'))}[{','.join(map(str, self.shape))}]"
+        )
 
 
 _SHORT_DTYPES = {

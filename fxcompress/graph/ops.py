@@ -182,8 +182,12 @@ for _n in (1, 2, 3):
         + (", divisor_override=None" if _n > 1 else ""))  # fmt: skip
     _op("adaptive_avg_pool", getattr(F, f"adaptive_avg_pool{_n}d"), "input, output_size")
     _op("adaptive_max_pool", getattr(F, f"adaptive_max_pool{_n}d"), "input, output_size, return_indices=False")
-_op("interpolate", F.interpolate,
-    "input, size=None, scale_factor=None, mode=nearest, align_corners=None, recompute_scale_factor=None, antialias=False")
+_op(
+    "interpolate",
+    F.interpolate,
+    "input, size=None, scale_factor=None, mode=nearest, align_corners=None, "
+    "recompute_scale_factor=None, antialias=False",
+)
 # Reductions and normalisations without parameters
 _op("mean", torch.mean, "input, dim=None, keepdim=False, dtype=None", methods="mean", renamed={"axis": "dim"})
 _op("sum", torch.sum, "input, dim=None, keepdim=False, dtype=None", methods="sum", renamed={"axis": "dim"})
@@ -201,8 +205,11 @@ _op("cumsum", torch.cumsum, "input, dim", methods="cumsum")
 _op("matmul", torch.matmul, "input, other", aliases=(operator.matmul,), methods="matmul")
 _op("bmm", torch.bmm, "input, mat2", methods="bmm")
 _op("einsum", torch.einsum, "equation, operands")
-_op("attention", F.scaled_dot_product_attention,
-    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False")
+_op(
+    "attention",
+    F.scaled_dot_product_attention,
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
+)
 # Layers by function, where their weights are computed and so no module can hold them
 _op("linear_function", F.linear, "input, weight, bias=None")
 for _n in (1, 2, 3):
@@ -212,8 +219,11 @@ for _n in (1, 2, 3):
     _op("conv_transpose_function", getattr(F, f"conv_transpose{_n}d"),
         "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1",
         aliases=(getattr(torch, f"conv_transpose{_n}d"),))  # fmt: skip
-_op("batch_norm_function", F.batch_norm,
-    "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05")
+_op(
+    "batch_norm_function",
+    F.batch_norm,
+    "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05",
+)
 _op("layer_norm_function", F.layer_norm, "input, normalized_shape, weight=None, bias=None, eps=1e-05")
 _op("group_norm_function", F.group_norm, "input, num_groups, weight=None, bias=None, eps=1e-05")
 _op("rms_norm_function", F.rms_norm, "input, normalized_shape, weight=None, eps=None")
@@ -222,8 +232,11 @@ _op("dropout_function", F.dropout, "input, p=0.5, training=True", elementwise=Tr
 _op("dropout_function", torch.dropout, "input, p, train", elementwise=True)
 for _name in ("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
     _op("dropout_function", getattr(F, _name), "input, p=0.5, training=True", elementwise=True)
-_op("embedding_function", F.embedding, "input, weight, padding_idx=None, max_norm=None, norm_type=2, "
-    "scale_grad_by_freq=False, sparse=False")
+_op(
+    "embedding_function",
+    F.embedding,
+    "input, weight, padding_idx=None, max_norm=None, norm_type=2, scale_grad_by_freq=False, sparse=False",
+)
 # Constructors of tensors
 _op("zeros", torch.zeros, "size, dtype=None, device=None")
 _op("ones", torch.ones, "size, dtype=None, device=None")
@@ -232,8 +245,11 @@ _op("zeros_like", torch.zeros_like, "input", elementwise=True)
 _op("ones_like", torch.ones_like, "input", elementwise=True)
 # Quantise-dequantise pairs
 _op("fake_quantize", torch.fake_quantize_per_tensor_affine, "input, scale, zero_point, quant_min, quant_max")
-_op("fake_quantize_channel", torch.fake_quantize_per_channel_affine,
-    "input, scale, zero_point, axis, quant_min, quant_max")
+_op(
+    "fake_quantize_channel",
+    torch.fake_quantize_per_channel_affine,
+    "input, scale, zero_point, axis, quant_min, quant_max",
+)
 
 #: Methods that stay methods: torch has no function for them. name -> (kind, elementwise)
 METHODS: dict[str, tuple[str, bool]] = {
@@ -332,7 +348,9 @@ ELEMENTWISE_KINDS = frozenset(
 )
 
 #: Kinds whose result may share memory with the first argument.
-VIEW_KINDS = frozenset({entry.kind for entry in OPS if entry.view} | {"identity", "expand", "expand_as", "view_as", "to"})
+VIEW_KINDS = frozenset(
+    {entry.kind for entry in OPS if entry.view} | {"identity", "expand", "expand_as", "view_as", "to"}
+)
 
 #: Kinds that hold parameters worth compressing.
 ANCHOR_KINDS = frozenset({"conv", "conv_transpose", "linear"})
@@ -369,7 +387,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     Modules and methods give their positional arguments as "input" and, for methods, "rest".
     """
     if node.op == "call_function" and node.target in BY_FUNCTION:
-        return bind(BY_FUNCTION[node.target], node.args, node.kwargs)  # type: ignore[index]
+        return bind(BY_FUNCTION[node.target], node.args, node.kwargs)
     return {"input": node.args[0] if node.args else None, "rest": tuple(node.args[1:]), **node.kwargs}
 
 

@@ -1,8 +1,8 @@
 """A stable text form of a graph: one line a node, values numbered in order, with shapes and dtypes.
 
-    %0: f32[1,3,8,8] = placeholder x
-    %1: f32[1,4,8,8] = module conv1: Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))(%0)
-    %2: f32[1,4,8,8] = relu(%1)  # epilogue of conv1
+%0: f32[1,3,8,8] = placeholder x
+%1: f32[1,4,8,8] = module conv1: Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))(%0)
+%2: f32[1,4,8,8] = relu(%1)  # epilogue of conv1
 """
 
 from __future__ import annotations

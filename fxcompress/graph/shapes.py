@@ -76,7 +76,7 @@ class _Propagation:
         """What the value of a node depends on. None: not known, compute it always."""
         if node.op == "output":
             return None
-        arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Recorded(info(n).value))
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Recorded(info(n).value))  # type: ignore[arg-type, return-value]
         module: object = None
         if node.op in ("call_module", "get_attr"):
             module = _signature(_attribute(self.graph_module, str(node.target)))

@@ -118,8 +118,17 @@ class PassManager:
             elif result.modified:
                 outputs = None
             rows.append(
-                PassRow(str(item), str(item.contract), seconds, result.modified, result.edits, cost(current),
-                        result.notes, result.metrics, gap)  # fmt: skip
+                PassRow(
+                    str(item),
+                    str(item.contract),
+                    seconds,
+                    result.modified,
+                    result.edits,
+                    cost(current),
+                    result.notes,
+                    result.metrics,
+                    gap,
+                )
             )
             if self.dump is not None:
                 self.dump(item.name, current)

@@ -178,9 +178,9 @@ def too_many_readers(node: fx.Node, allowed: int = 1) -> Refusal | None:
     """Return a refusal if a node is not read by exactly `allowed` nodes."""
     if len(node.users) == allowed:
         return None
-    names = ", ".join(user.name for user in node.users)
-    count = len(node.users)
-    return refuse(f"`{node.name}` is read by {count} node{'s' * (count != 1)}: {names}", node, *node.users)
+    readers = sorted(node.users)  # in the order of the graph
+    count = f"{len(readers)} node{'s' * (len(readers) != 1)}"
+    return refuse(f"`{node.name}` is read by {count}: {', '.join(reader.name for reader in readers)}", node, *readers)
 
 
 def _listed(values: tuple[float, ...]) -> str:

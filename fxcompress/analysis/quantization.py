@@ -1,0 +1,337 @@
+"""Where numbers become 8-bit: which layers, which values between them, and which values share one grid.
+
+A value is quantised where an 8-bit layer reads it. Operators that only move numbers (cat, reshape, max pooling, ...)
+tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
+products with a gate, average pooling) are quantised as well if their inputs are 8-bit anyway. Everything else stays
+float, with a reason.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress.graph import ops
+from fxcompress.graph.metadata import TensorInfo, info, tensors
+
+#: Kinds whose result holds numbers of its input, and no others.
+_MOVERS = frozenset(
+    {"flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind", "narrow",
+     "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "cat",
+     "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity", "dropout", "amax"}
+)  # fmt: skip
+
+#: Kinds that compute, and that 8-bit kernels exist for besides the layers.
+_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean"})
+
+#: Kinds that compute no tensor worth a line in the ledger.
+_SILENT = frozenset({"placeholder", "output", "get_attr", "size", "ndim", "numel", "getattr", "item", "opaque_number"})
+
+Accepts = Callable[[str, nn.Module], str | None]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A layer that becomes 8-bit.
+
+    node: name of its node. path: of its module.
+    epilogues: names of the nodes that its kernel computes as well, in order.
+    """
+
+    node: str
+    path: str
+    epilogues: tuple[str, ...] = ()
+
+    @property
+    def end(self) -> str:
+        """Name of the node that holds the result of layer and epilogues."""
+        return self.epilogues[-1] if self.epilogues else self.node
+
+
+@dataclass(frozen=True)
+class GridGroup:
+    """Values that share one scale and zero point, and so one observer.
+
+    values: names of the nodes that produce them, in order. layer: path of the 8-bit layer whose choice of observer
+    they follow: the one that produces the first of them, or else one that reads them.
+    """
+
+    values: tuple[str, ...]
+    layer: str
+
+    @property
+    def name(self) -> str:
+        """Name of the group: that of its first value."""
+        return self.values[0]
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What becomes 8-bit.
+
+    anchors: the 8-bit layers. groups: the values to observe. computing: names of other nodes computed in 8 bits, and of
+    the relu behind a sum if there is one. reasons: why a layer or node stays float, by layer path or node name.
+    """
+
+    anchors: tuple[Anchor, ...]
+    groups: tuple[GridGroup, ...]
+    computing: tuple[str, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"int8 {anchor.path}" + "".join(f" + {name}" for name in anchor.epilogues) for anchor in self.anchors]
+        lines += [f"int8 {name}" for name in self.computing]
+        lines += [f"grid {', '.join(group.values)}" for group in self.groups]
+        lines += [f"float {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def plan_quantization(graph_module: fx.GraphModule, accepts: Accepts) -> QuantizationPlan:
+    """Decide what becomes 8-bit in a canonical float graph whose shapes are known.
+
+    Args:
+        graph_module: the graph; marks of `FuseActivation` are respected.
+        accepts: called with path and module of each convolution and linear layer; returns why it shall stay float, or
+            None.
+    """
+    return _Planner(graph_module, accepts).plan()
+
+
+class _Planner:
+    """The facts gathered about one graph."""
+
+    def __init__(self, graph_module: fx.GraphModule, accepts: Accepts) -> None:
+        self.graph = graph_module.graph
+        self.accepts = accepts
+        self.reasons: dict[str, str] = {}
+        self.regions: dict[fx.Node, tuple[fx.Node, ...]] = {}  # end of a region -> the layer and its epilogues
+        self.leader: dict[fx.Node, fx.Node] = {}  # union-find over nodes of one grid
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+
+    def plan(self) -> QuantizationPlan:
+        self._find_regions()
+        self._tie_movers()
+        computable = self._computable()
+        demanded, chosen = self._demanded(computable)
+        groups = tuple(self._groups(demanded))
+        self._give_reasons(demanded, chosen)
+        anchors = [
+            Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]))
+            for nodes in self.regions.values()
+        ]
+        order = {node.name: index for index, node in enumerate(self.graph.nodes)}
+        anchors.sort(key=lambda anchor: order[anchor.node])
+        computing = sorted((node.name for node in chosen), key=lambda name: order[name])
+        return QuantizationPlan(tuple(anchors), groups, tuple(computing), self.reasons)
+
+    # Layers and what their kernels compute as well
+
+    def _find_regions(self) -> None:
+        marked: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.graph.nodes:
+            mark = info(node).epilogue_of
+            if mark is not None:
+                marked[mark].append(node)
+        for node in self.graph.nodes:
+            kind = ops.kind(node)
+            if kind in ("conv", "linear"):
+                reason = _unfit(node) or self.accepts(str(node.target), _module(node))
+                if reason is None:
+                    chain = _chain(node, marked[node.name])
+                    self.regions[chain[-1]] = chain
+                else:
+                    self.reasons.setdefault(str(node.target), reason)
+
+    # Values on one grid
+
+    def _tie_movers(self) -> None:
+        for node in self.graph.nodes:
+            self.leader[node], self.members[node] = node, [node]
+        for node in self.graph.nodes:
+            if _moves(node):
+                for source in data_inputs(node):
+                    self._tie(source, node)
+
+    def _tie(self, left: fx.Node, right: fx.Node) -> None:
+        keep, lose = self.leader[left], self.leader[right]
+        if keep is lose:
+            return
+        if len(self.members[keep]) < len(self.members[lose]):
+            keep, lose = lose, keep
+        for node in self.members.pop(lose):
+            self.leader[node] = keep
+            self.members[keep].append(node)
+
+    def _sources(self, leader: fx.Node) -> list[fx.Node]:
+        return [node for node in self.members[leader] if not _moves(node)]
+
+    # What can be, and what has to be, 8-bit
+
+    def _computable(self) -> set[fx.Node]:
+        """Nodes of `_COMPUTING` whose inputs come from 8-bit layers and computations only."""
+        inside = {node for nodes in self.regions.values() for node in nodes}
+        found = {node for node in self.graph.nodes if _computes(node) and node not in inside}
+        while True:
+            lost = {node for node in found if not all(self._available(one, found) for one in _operands(node))}
+            if not lost:
+                return found
+            found -= lost
+
+    def _available(self, value: fx.Node, computable: set[fx.Node]) -> bool:
+        """Whether 8-bit kernels produce a value."""
+        starts = {_start_of_sum(node) for node in self._sources(self.leader[value])}
+        return all(node in self.regions or node in computable for node in starts)
+
+    def _demanded(self, computable: set[fx.Node]) -> tuple[dict[fx.Node, str], set[fx.Node]]:
+        """Return the grids that 8-bit kernels read, with a layer that follows, and the computing nodes that take part."""
+        demanded: dict[fx.Node, str] = {}
+        chosen: set[fx.Node] = set()
+        waiting = [(data_inputs(nodes[0])[0], str(nodes[0].target)) for nodes in self.regions.values()]
+        while waiting:
+            value, layer = waiting.pop()
+            leader = self.leader[value]
+            if leader in demanded:
+                continue
+            demanded[leader] = layer
+            for source in self._sources(leader):
+                start = _start_of_sum(source)
+                if source in self.regions:
+                    addends = self._addends(self.regions[source])
+                    waiting += [(one, layer) for one in addends if self._available(one, computable)]
+                elif start in computable:
+                    chosen |= {start, source}
+                    waiting += [(one, layer) for one in _operands(start)]
+        return demanded, chosen
+
+    def _addends(self, region: tuple[fx.Node, ...]) -> list[fx.Node]:
+        """What the epilogues of a region add to it."""
+        return [
+            operand
+            for before, node in zip(region, region[1:], strict=False)
+            if ops.kind(node) == "add"
+            for operand in data_inputs(node)
+            if operand is not before
+        ]
+
+    def _groups(self, demanded: dict[fx.Node, str]) -> Iterator[GridGroup]:
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        found = []
+        for leader, layer in demanded.items():
+            sources = sorted(self._sources(leader), key=order.__getitem__)
+            producers = [str(self.regions[source][0].target) for source in sources if source in self.regions]
+            found.append((order[sources[0]], sources, producers[0] if producers else layer))
+        for _, sources, layer in sorted(found, key=lambda item: item[0]):
+            yield GridGroup(tuple(source.name for source in sources), layer)
+
+    # The ledger
+
+    def _give_reasons(self, demanded: dict[fx.Node, str], chosen: set[fx.Node]) -> None:
+        inside = {node for nodes in self.regions.values() for node in nodes}
+        for node in self.graph.nodes:
+            kind = ops.kind(node)
+            moves_integers = _moves(node) and self.leader[node] in demanded
+            if node in inside or node in chosen or moves_integers or kind in _SILENT or not _float_values(node):
+                continue
+            name = str(node.target) if node.op == "call_module" else node.name
+            self.reasons.setdefault(name, _reason(node, kind, self.leader[node] in demanded))
+
+
+def _reason(node: fx.Node, kind: str, demanded: bool) -> str:
+    if kind not in _COMPUTING and not _moves(node):
+        return f"no int8 kernel for {kind}" if kind != "opaque" else "not known to fxcompress"
+    return "its inputs are float" if demanded else "no int8 layer reads it"
+
+
+def _unfit(node: fx.Node) -> str | None:
+    """Why a convolution or linear layer cannot be 8-bit, whatever the user wants."""
+    module = _module(node)
+    values = data_inputs(node)
+    weight = module.weight
+    if len(values) != 1 or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+        return "its numbers are not float32"
+    if ops.kind(node) == "conv":
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r}"
+        if len(info(values[0]).value.shape) != weight.ndim:
+            return "its input has no batch dimension"
+    return None
+
+
+def _chain(layer: fx.Node, marked: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The layer and the marked nodes that follow one another behind it."""
+    chain = [layer]
+    for node in marked:
+        if chain[-1] not in node.all_input_nodes or len(chain[-1].users) != 1:
+            break
+        chain.append(node)
+    return tuple(chain)
+
+
+def _module(node: fx.Node) -> Any:
+    return ops.submodule(node)
+
+
+def _float_values(node: fx.Node) -> bool:
+    """Whether a node produces float32 tensors and nothing else."""
+    found = list(tensors(info(node).value))
+    return bool(found) and all(value.dtype == torch.float32 for value in found)
+
+
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs of a node that carry float32 tensors."""
+    return [source for source in node.all_input_nodes if _float_values(source)]
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node only moves numbers, so that its result lies on the grid of its inputs."""
+    kind = ops.kind(node)
+    if not _float_values(node) or not data_inputs(node):
+        return False
+    given = ops.arguments(node)
+    if kind == "max_pool":
+        return not given["return_indices"]
+    if kind == "adaptive_max_pool":
+        size = given["output_size"]
+        return not given["return_indices"] and (size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1}))
+    if kind == "interpolate":
+        return str(given["mode"]).startswith("nearest")
+    if kind == "pad":
+        return given["mode"] == "constant" and not given["value"]
+    return kind in _MOVERS
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether there is an 8-bit kernel for a node, if its inputs are 8-bit."""
+    kind = ops.kind(node)
+    if kind not in _COMPUTING or not isinstance(info(node).value, TensorInfo) or not _float_values(node):
+        return False
+    given = ops.arguments(node)
+    if kind == "mean":
+        return given["dtype"] is None and given["dim"] is not None
+    if kind in ("add", "mul"):
+        values = [given["input"], given["other"]]
+        return "alpha" not in given and all(isinstance(value, fx.Node) and _float_values(value) for value in values)
+    return True
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a computing node that must be 8-bit. The smaller factor of a product need not be."""
+    values = data_inputs(node)
+    if ops.kind(node) != "mul":
+        return values
+    shape = info(node).value.shape
+    return [value for value in values if info(value).value.shape == shape] or values
+
+
+def _start_of_sum(node: fx.Node) -> fx.Node:
+    """The sum in front of a relu that nothing else reads: the kernel of the sum computes both. Else the node itself."""
+    if ops.kind(node) == "relu" and info(node).epilogue_of is None:
+        (source,) = node.all_input_nodes
+        if ops.kind(source) == "add" and len(source.users) == 1 and info(source).epilogue_of is None:
+            return source
+    return node

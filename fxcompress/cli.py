@@ -1,0 +1,294 @@
+"""The command line: `fxcompress demo`, `compress`, `inspect`, `bench`, `passes`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fxcompress
+from fxcompress.errors import FxCompressError, InputError, OptionError
+from fxcompress.pipeline.base import Pass
+
+app = typer.Typer(
+    name="fxcompress",
+    help="Make trained PyTorch models small and fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL = "A torchvision model, file.py:function, or an artefact (*.fxc)."
+
+Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--input-shape", help="Shape of an input, e.g. 1,3,224,224; once for each input.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="For a torchvision model: 'default' (downloaded) or a file with a state_dict.")
+]
+Classes = Annotated[int | None, typer.Option("--classes", help="For a torchvision model: outputs of the classifier.")]
+Seed = Annotated[int, typer.Option(help="For random weights and inputs.")]
+
+
+def main() -> None:
+    """Run the command line. Errors of fxcompress become one message and exit code 2."""
+    try:
+        app()
+    except FxCompressError as error:
+        print(f"fxcompress: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(f"fxcompress {fxcompress.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, the artefact and the figures.")] = Path(
+        "fxcompress-demo"
+    ),
+    epochs: Annotated[int, typer.Option(help="Epochs of training from scratch.")] = 10,
+    finetune: Annotated[int, typer.Option(help="Epochs of training after pruning.")] = 6,
+    ratio: Annotated[float, typer.Option(help="Share of all channels that is pruned.")] = 0.6,
+    seed: Annotated[int, typer.Option(help="For weights, data order and the split.")] = 0,
+) -> None:
+    """Train a small CNN on 5,000 MNIST digits, prune it, fine-tune, quantise, and show what that gave."""
+    from fxcompress.demo import run
+
+    run(out, epochs=epochs, finetune=finetune, ratio=ratio, seed=seed)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The artefact to write.")],
+    passes: Annotated[str, typer.Option(help="Pipeline text, or the name of a preset.")] = "int8",
+    report: Annotated[
+        list[str] | None,
+        typer.Option(help="'text' prints the whole report; a path ending in .txt, .json or .html writes it."),
+    ] = None,
+    input_shape: Shapes = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="file.py:function that returns batches of inputs; or 'random', for a trial.")
+    ] = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="file.py:function that returns batches of (input, target).")
+    ] = None,
+    weights: Weights = None,
+    classes: Classes = None,
+    target: Annotated[str, typer.Option(help="What the result shall run on: cpu or cuda.")] = "cpu",
+    verify: Annotated[bool, typer.Option(help="Compare outputs across passes that promise to be exact.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Compile a model and save it."""
+    from fxcompress.sources import call_function, find_calibration, find_model
+
+    for destination in report or ():
+        _check_destination(destination)
+    source = find_model(model, input_shape or (), weights, classes, seed)
+    if calibration == "random":
+        _warn("calibration with random noise: scales fit no real data, and accuracy means nothing")
+    for remark in source.remarks:
+        _warn(remark)
+    _require_data(passes, calibration, train_data)
+    compact = fxcompress.compile(
+        source.model,
+        passes,
+        source.example_inputs,
+        target=target,
+        verify=verify,
+        calibration=None if calibration is None else find_calibration(calibration, source.example_inputs),
+        train_data=None if train_data is None else call_function(train_data),
+    )
+    compact.save(out)
+    assert compact.report is not None
+    print(compact.report.table(layers="text" in (report or ())))
+    for destination in report or ():
+        _write_report(compact.report, destination)
+    print(f"wrote {out} ({out.stat().st_size:,} bytes)")
+
+
+def _require_data(text: str, calibration: str | None, train_data: str | None) -> None:
+    """Say which option of this command brings the data that a pipeline needs."""
+    from fxcompress.pipeline.manager import PassManager
+
+    names = {item.name for item in PassManager(text).passes}
+    if "calibrate" in names and calibration is None:
+        raise InputError(
+            "these passes need calibration data: give --calibration file.py:function, whose function returns batches "
+            "of real inputs, or --calibration random for a trial whose accuracy means nothing"
+        )
+    if "train" in names and train_data is None:
+        raise InputError("these passes need training data: give --train-data file.py:function, whose function returns "
+                         "batches of (input, target)")  # fmt: skip
+
+
+def _check_destination(destination: str) -> None:
+    if destination != "text" and Path(destination).suffix not in (".txt", ".json", ".html"):
+        raise OptionError(f"--report takes 'text' or a path ending in .txt, .json or .html, not {destination!r}")
+
+
+def _write_report(report: fxcompress.Report, destination: str) -> None:
+    if destination == "text":
+        return
+    path = Path(destination)
+    try:
+        if path.suffix == ".html":
+            report.to_html(path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        else:
+            path.write_text(report.table())
+    except OSError as error:
+        raise OptionError(f"cannot write the report {destination!r}: {error}") from error
+    print(f"wrote {path}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each pattern was fused or not.")] = False,
+    input_shape: Shapes = None,
+    weights: Weights = None,
+    classes: Classes = None,
+) -> None:
+    """Show the graph of a model, its layers and their costs, and why each pattern would be fused or not."""
+    from fxcompress.analysis.cost import cost
+    from fxcompress.graph.printer import print_graph
+    from fxcompress.report import amount
+    from fxcompress.sources import find_model
+
+    source = find_model(model, input_shape or (), weights, classes)
+    graph_module = fxcompress.trace(source.model, source.example_inputs)
+    if not isinstance(source.model, fxcompress.CompactModule):
+        graph_module = fxcompress.PassManager("canonicalize").run(graph_module, source.example_inputs).graph_module
+    print(print_graph(graph_module))
+    found = cost(graph_module)
+    table = Table("layer", "kind", "shape", "parameters", "MACs", "bytes", title=source.name)
+    for name, layer in found.layers.items():
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(name, layer.kind, shape, *map(amount, (layer.parameters, layer.macs, layer.bytes)))
+    table.add_section()
+    table.add_row("total", "", "", amount(found.parameters), amount(found.macs), amount(found.bytes))
+    _console().print(table)
+    if explain:
+        from fxcompress.pipeline.presets import read_passes
+        from fxcompress.rewrite.explain import explain as explain_rules
+        from fxcompress.rewrite.explain import explanation, rules_of
+
+        print(explanation(explain_rules(graph_module, rules_of(read_passes("fuse")))))
+
+
+@app.command()
+def bench(
+    model: Model,
+    passes: Annotated[str, typer.Option(help="What fxcompress compiles the model with.")] = "int8",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,16",
+    input_shape: Shapes = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long a turn lasts at each batch size.")] = 1.0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as torch chooses.")] = 0,
+    torch_compile: Annotated[bool, typer.Option("--torch-compile", help="Time torch.compile as well.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time a model before and after compilation, or an artefact; each engine runs in a process of its own."""
+    from fxcompress.bench import Builder, Workload, compare, compiled, eager, result, with_torch_compile, write_json
+    from fxcompress.pipeline.progress import progress_bar
+    from fxcompress.sources import find_model
+
+    find_model(model, input_shape or ())  # so that a wrong name is said here, not by another process
+    engines: dict[str, Builder] = {"artefact" if model.endswith(".fxc") else "float": eager}
+    if not model.endswith(".fxc"):
+        if torch_compile:
+            engines["torch.compile"] = with_torch_compile
+        engines[f"fxcompress ({passes})"] = functools.partial(compiled, passes=passes)
+    workload = Workload(model, tuple(input_shape or ()), _batches(batch), threads)
+    with progress_bar() as progress:
+        timings = compare(workload, engines, rounds, seconds, progress)
+    table = Table("engine", "batch", "ms", "times as fast", "SQNR dB", title=f"{model}: median of {rounds} rounds")
+    for timing in timings:
+        if timing.median is None:
+            table.add_row(timing.engine, str(timing.batch), "-", f"failed: {timing.error}", "")
+            continue
+        ratio = "" if timing.ratio is None else f"{timing.ratio:.2f}"
+        sqnr = "" if timing.sqnr_db is None else f"{timing.sqnr_db:.1f}"
+        table.add_row(timing.engine, str(timing.batch), f"{1e3 * timing.median:.2f}", ratio, sqnr)
+    _console().print(table)
+    if json_path is not None:
+        write_json(json_path, [result(workload, timings)])
+        print(f"wrote {json_path}")
+    if all(timing.median is None for timing in timings):
+        raise FxCompressError("no engine could run the model")
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise OptionError(f"--batch takes sizes with commas, such as 1,16, not {text!r}")
+    return sizes
+
+
+@app.command()
+def passes() -> None:
+    """List the passes, with their options."""
+    from fxcompress.pipeline import registry
+    from fxcompress.pipeline.presets import PRESETS
+
+    for name in registry.names():
+        found = registry.find(name)
+        print(f"{name}  [{found.contract}; {_stages(found)}]")
+        print(f"    {_first_line(found)}")
+        for option, text in _options(found):
+            print(f"    {option}: {text}")
+    print("presets")
+    for name, text in PRESETS.items():
+        print(f"    {name}: {text}")
+
+
+def _stages(found: type[Pass]) -> str:
+    taken = " or ".join(sorted(str(stage) for stage in found.requires))
+    return f"{taken} -> {found.produces or 'the same'}"
+
+
+def _first_line(found: type[Pass]) -> str:
+    return (found.__doc__ or "").strip().split("\n")[0]
+
+
+def _options(found: type[Pass]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for option in dataclasses.fields(found):
+        kind = str(option.type).replace("typing.", "")
+        if option.metadata.get("data"):
+            rows.append((option.name, "data, given in Python"))
+        elif option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
+            rows.append((option.name, f"{kind}, needed"))
+        else:
+            default: Any = option.default
+            if option.default_factory is not dataclasses.MISSING:
+                default = option.default_factory()
+            rows.append((option.name, f"{kind} = {default!r}"))
+    return rows
+
+
+def _console() -> Console:
+    """A console for tables: as wide as the terminal, or wide enough for a file."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]warning:[/] {text}", highlight=False)

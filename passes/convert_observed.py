@@ -1,0 +1,88 @@
+"""ConvertObserved: observers into quantise-dequantise pairs with fixed numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxcompress.errors import InputError, PassError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.metadata import Stage, info, set_info
+from fxcompress.passes.insert_observers import is_observer
+from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class ConvertObserved(Pass):
+    """Replace every observer by the fake quantisation of PyTorch, with the scale and zero point it proposes.
+
+    1. An observer of values becomes `torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)` with
+       plain numbers.
+    2. An observer with a scale for each channel becomes `torch.fake_quantize_per_channel_affine`; its scales and zero
+       points become buffers beside the weight: `conv1.weight_scale`, `conv1.weight_zero_point`.
+    3. Refuses an observer that has seen no data, or NaN or infinity.
+
+    The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
+    with.
+    """
+
+    name: ClassVar[str] = "convert-observed"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
+    produces: ClassVar[Stage | None] = Stage.QDQ
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Convert the observers one by one."""
+        numbers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        edits = 0
+        for node in list(graph_module.graph.nodes):
+            observer = ops.submodule(node)
+            if is_observer(observer):
+                path = str(node.target)
+                if path not in numbers:
+                    numbers[path] = _proposal(observer, node)
+                _convert(graph_module, node, observer, *numbers[path])
+                edits += 1
+        graph_module.delete_all_unused_submodules()
+        return PassResult(graph_module, edits > 0, edits)
+
+
+def _proposal(observer: Any, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        scale, zero_point = observer.calculate_qparams()
+    except InputError as error:
+        raise InputError(f"observer {node.target!r}: {error}; run Calibrate with data before ConvertObserved") from error
+    return scale.detach(), zero_point.detach()
+
+
+def _convert(
+    graph_module: fx.GraphModule, node: fx.Node, observer: Any, scale: torch.Tensor, zero_point: torch.Tensor
+) -> None:
+    spec = observer.spec
+    (value,) = node.all_input_nodes
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        if spec.channel_axis is None:
+            arguments: tuple[Any, ...] = (value, float(scale), int(zero_point), spec.quant_min, spec.quant_max)
+            pair = graph.call_function(torch.fake_quantize_per_tensor_affine, arguments)
+        else:
+            scales = _buffer(graph_module, value, "scale", scale)
+            zero_points = _buffer(graph_module, value, "zero_point", zero_point)
+            arguments = (value, scales, zero_points, spec.channel_axis, spec.quant_min, spec.quant_max)
+            pair = graph.call_function(torch.fake_quantize_per_channel_affine, arguments)
+    set_info(pair, layer=info(node).layer)
+    edit.replace_and_erase(node, pair)
+
+
+def _buffer(graph_module: fx.GraphModule, value: fx.Node, suffix: str, numbers: torch.Tensor) -> fx.Node:
+    """Register numbers beside the tensor that they belong to, and read them."""
+    if value.op != "get_attr":
+        raise PassError(f"{value.name!r} is computed, so it can have one scale only: observe it with one for the tensor")
+    path = edit.unique_path(graph_module, f"{value.target}_{suffix}")
+    owner, name = edit.owner(graph_module, path)
+    owner.register_buffer(name, numbers)
+    node = graph_module.graph.get_attr(path)
+    set_info(node, layer=info(value).layer)
+    return node

@@ -1,0 +1,43 @@
+"""Lower: quantise-dequantise pairs and their operators into the kernels of a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxcompress.errors import UnsupportedError
+from fxcompress.graph.metadata import Stage
+from fxcompress.passes.lower_cpu_int8 import lower_cpu_int8
+from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice
+
+_TARGETS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Give quantised layers, and what stands between them, to the kernels of a target.
+
+    For "cpu" see `lower_cpu_int8`.
+
+    Args:
+        target: "cpu" or "cuda"; None takes the target of `fxcompress.compile`.
+    """
+
+    target: str | None = None
+
+    name: ClassVar[str] = "lower"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.QDQ})
+    produces: ClassVar[Stage | None] = Stage.LOWERED
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    def __post_init__(self) -> None:
+        check_choice(type(self).__name__, "target", self.target, (None, *_TARGETS))
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Lower to the target."""
+        target = self.target or context.target
+        if target != "cpu":
+            raise UnsupportedError(f"there are no int8 kernels for target {target!r} yet; use target='cpu'")
+        return lower_cpu_int8(graph_module)

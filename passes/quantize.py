@@ -1,0 +1,53 @@
+"""Quantize: from a float graph to 8-bit kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxcompress.errors import UnsupportedError
+from fxcompress.passes.calibrate import Calibrate
+from fxcompress.passes.convert_observed import ConvertObserved
+from fxcompress.passes.fuse_activation import FuseActivation
+from fxcompress.passes.insert_observers import InsertObservers, check_observer_options
+from fxcompress.passes.lower import Lower
+from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantise after training: FuseActivation, InsertObservers, Calibrate, ConvertObserved, Lower.
+
+    Args:
+        calibration: inputs to measure the values on, see `Calibrate`; None takes what was given to
+            `fxcompress.compile(calibration=...)`.
+        activation, weight, reduced_range, ignore, qconfig: see `InsertObservers`.
+        batches: how many batches of the calibration data to take at most.
+    """
+
+    calibration: Any = data_field()
+    activation: Any = "histogram"
+    weight: Any = "per-channel"
+    reduced_range: bool | None = None
+    ignore: tuple[str, ...] = ()
+    batches: int | None = None
+    qconfig: Any = data_field()
+
+    name: ClassVar[str] = "quantize"
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    def __post_init__(self) -> None:
+        check_observer_options(self)
+
+    def parts(self) -> tuple[Pass, ...]:
+        """Return the passes of this group, in order."""
+        observers = InsertObservers(
+            self.activation, self.weight, self.reduced_range, self.ignore, qconfig=self.qconfig
+        )
+        return (FuseActivation(), observers, Calibrate(self.calibration, self.batches), ConvertObserved(), Lower())
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """A group is run part by part."""
+        raise UnsupportedError("Quantize stands for several passes: run it with a PassManager, or run its parts()")
