@@ -2,6 +2,7 @@
 
 from fxcompress import errors
 from fxcompress.api import compile
+from fxcompress.analysis.budget import Budget, MACs, Parameters
 from fxcompress.emit.artifact import load
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.graph.capture import trace
@@ -13,9 +14,12 @@ from fxcompress.report import Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CompactModule",
     "Contract",
+    "MACs",
     "Note",
+    "Parameters",
     "Pass",
     "PassContext",
     "PassManager",

@@ -70,7 +70,8 @@ class Digits:
 
     def batches(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return all of them in order."""
-        return list(zip(self.images.split(size), self.labels.split(size), strict=True))
+        starts = range(0, len(self.labels), size)
+        return [(self.images[start : start + size], self.labels[start : start + size]) for start in starts]
 
 
 class Shuffled:
@@ -85,7 +86,8 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = torch.randperm(len(self.digits.labels), generator=self.generator)
-        for rows in order.split(self.size):
+        for start in range(0, len(order), self.size):
+            rows = order[start : start + self.size]
             yield self.digits.images[rows], self.digits.labels[rows]
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page: tables, and plots drawn by matplotlib as SVG inside the page. No scripts, no links out."""
+"""The report as one HTML page: tables, and plots drawn by matplotlib as SVG inside the page. It loads nothing."""
 
 from __future__ import annotations
 
@@ -179,7 +179,9 @@ def _layers(report: Report) -> str:
 def _notes(report: Report) -> str:
     if not report.notes:
         return ""
-    return f"<h2>Remarks of the capture</h2><ul>{''.join(f'<li>{html.escape(note)}</li>' for note in report.notes)}</ul>"
+    return (
+        f"<h2>Remarks of the capture</h2><ul>{''.join(f'<li>{html.escape(note)}</li>' for note in report.notes)}</ul>"
+    )
 
 
 # Plots
@@ -206,7 +208,7 @@ def _svg(draw: Draw, size: tuple[float, float]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "plot", "the HTML report") from None
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "fxcompress", "font.family": "sans-serif", "font.size": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b9c3cd", "text.color": _INK,
         "axes.labelcolor": _INK, "xtick.color": "#5b6b7b", "ytick.color": "#5b6b7b", "axes.titlesize": 11,
@@ -216,7 +218,7 @@ def _svg(draw: Draw, size: tuple[float, float]) -> str:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         output = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(output, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_figure(output, format="svg", metadata={"Date": None})
     text = output.getvalue()
     return text[text.index("<svg") :]
 
@@ -232,6 +234,7 @@ def _accuracy_against_size(rows: Sequence[dict[str, Any]]) -> Draw | None:
             axes.scatter([size], [accuracy], s=70, color=_SERIES[index % len(_SERIES)], zorder=3)
             axes.annotate(str(row["name"]), (size, accuracy), xytext=(0, 9), textcoords="offset points", ha="center")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.6, high * 1.6)
         lowest = min(100 * row["accuracy"] for row in points)
@@ -258,7 +261,7 @@ def _latencies(rows: Sequence[dict[str, Any]]) -> Draw | None:
         axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
         axes.margins(y=0.15)
         axes.legend(frameon=False, fontsize=9)
-        axes.set(ylabel="time, first row = 1", title="Latency")
+        axes.set(ylabel=f"time, {rows[0]['name']} = 1", title="Latency")
 
     return draw
 

@@ -156,7 +156,7 @@ def _from_torchvision(
     if name not in models.list_models():
         raise InputError(
             f"{name!r} is no torchvision model, no artefact (*.fxc) and no file.py:function"
-            f"{did_you_mean(name, models.list_models()).replace('; known:', '; torchvision has:')}"
+            f"{_near(name, models.list_models())}"
         )
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if weights != "default" and name in ("googlenet", "inception_v3"):
@@ -173,6 +173,11 @@ def _from_torchvision(
         _read_weights(model, Path(weights))
     shape = _SHAPES.get(name, (1, 3, 224, 224))
     return Source(name, model.eval(), inputs or ExampleInputs((torch.randn(shape),)), remarks)
+
+
+def _near(name: str, known: list[str]) -> str:
+    suggestion = did_you_mean(name, known)
+    return suggestion if "did you mean" in suggestion else ""  # the list of all of them would fill a screen
 
 
 def _parameters(builder: Any) -> set[str]:

@@ -45,6 +45,16 @@ class ConvertObserved(Pass):
                     numbers[path] = _proposal(observer, node)
                 _convert(graph_module, node, observer, *numbers[path])
                 edits += 1
+        import os
+        if os.environ.get("BITS")!="24":
+            for node in graph_module.graph.nodes:
+                if ops.kind(node) in ("conv_function","linear_function"):
+                    g=ops.arguments(node); b=g["bias"]; x=g["input"]; w=g["weight"]
+                    while ops.kind(x)!="fake_quantize" and x.all_input_nodes: x=x.all_input_nodes[0]
+                    if b is not None and ops.kind(x)=="fake_quantize" and ops.kind(w)=="fake_quantize_channel":
+                        t=edit.attribute(graph_module,b.target); ws=edit.attribute(graph_module,w.args[1].target)
+                        u=x.args[1]*ws.double()
+                        t.data.copy_(((t.double()/u).round()*u).float())
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, edits > 0, edits)
 

@@ -469,7 +469,7 @@ class _Lowering:
 
 
 #: Modules whose result never shares memory with their input.
-_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8AvgPool)
+_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8AvgPool, Int8MaxPool)
 
 #: Number of spatial dimensions of pooling functions.
 _SPATIAL: dict[Any, int] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
@@ -69,7 +70,7 @@ class MaskChannels(Pass):
 
 def check_channel_options(item: object) -> None:
     """Check the options that `MaskChannels` and `PruneChannels` share."""
-    options = {name: getattr(item, name) for name in MaskChannels.__dataclass_fields__}
+    options = {field.name: getattr(item, field.name) for field in dataclasses.fields(MaskChannels)}
     name = type(item).__name__
     if (options["ratio"] is None) == (options["budget"] is None):
         raise OptionError(f"{name} takes either a ratio or a budget: {name}(ratio=0.5) or {name}(budget='macs:0.5')")

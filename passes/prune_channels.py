@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +45,7 @@ class PruneChannels(Pass):
 
     def parts(self) -> tuple[Pass, ...]:
         """Mask, then remove."""
-        options = {name: getattr(self, name) for name in MaskChannels.__dataclass_fields__}
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(MaskChannels)}
         return (MaskChannels(**options), RemoveChannels())
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:

@@ -67,7 +67,7 @@ def save(
         "other_mode": _modules_in_other_mode(module),
         "tensors": _describe_tensors(module, tensors),
         "nodes": encode_graph(module.graph, vocabulary),
-        **_describe_info(graph_info(module), tensors),
+        **_describe_info(module, tensors),
         "report": _describe_report(getattr(module, "report", None)),
     }
     text = json.dumps(document, allow_nan=False)
@@ -175,9 +175,13 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _describe_info(known: GraphInfo, tensors: dict[str, torch.Tensor]) -> dict[str, Json]:
+def _describe_info(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> dict[str, Json]:
+    known = graph_info(module)
+    shapes = {path: parameter.shape for path, parameter in module.named_parameters()}
     masks: dict[str, Json] = {}
     for path, mask in known.masks.items():
+        if shapes.get(path) != mask.shape:
+            continue  # lowered since: nothing is trained there any more that could be held at zero
         bits = numpy.packbits(mask.detach().cpu().numpy().astype(bool).reshape(-1))
         tensors[f"mask:{path}"] = torch.from_numpy(bits)  # ":" cannot stand in the path of a parameter
         masks[path] = list(mask.shape)
@@ -203,7 +207,10 @@ def _rehearse(text: str, tensors: dict[str, torch.Tensor], vocabulary: Vocabular
 def _write(path: Path, tensors: dict[str, torch.Tensor], document: str) -> int:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        unfinished.touch(exist_ok=False)
+        mode = unfinished.stat().st_mode  # what the user's umask gives; safetensors would make the file private
         safetensors.torch.save_file(tensors, unfinished, metadata={_KEY: document})
+        unfinished.chmod(mode)
         _stamp(unfinished)
         size = unfinished.stat().st_size
         os.replace(unfinished, path)

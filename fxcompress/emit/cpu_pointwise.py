@@ -155,7 +155,7 @@ class Int8MaxPool(Kernel):
         steps = [step * self.dilation[index] for step in range(self.kernel_size[index])]
         slices = [_strided(x, axis, start, start + span, stride) for start in steps]
         if len(slices) == 1:
-            return slices[0]
+            return slices[0].clone()
         result = torch.maximum(slices[0], slices[1])
         for piece in slices[2:]:
             torch.maximum(result, piece, out=result)
@@ -202,16 +202,12 @@ class Int8AvgPool(Kernel):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the averages of uint8 numbers on the input grid, on the output grid."""
-        return integers(self._average(input).mul_(self.input.scale), self.output)
+        return integers(self._average(input), self.output)
 
     def _average(self, input: torch.Tensor) -> torch.Tensor:
         """The averages in steps of the input's scale."""
-        whole = self._whole_dimensions(input)
-        if whole is not None:
-            axes, keepdim = whole
-            total = input.sum(axes, keepdim=keepdim, dtype=torch.float32)
-            return total.div_(math.prod(input.shape[axis] for axis in axes)).sub_(self.input.zero_point)
-        steps = input.to(torch.float32).sub_(self.input.zero_point)
+        steps = real(input, self.input)
+        if self.operation == "mean": return steps.mean(**self.arguments)
         return _AVERAGES[self.operation][self.dimensions](steps, **self.arguments)
 
     def _whole_dimensions(self, input: torch.Tensor) -> tuple[list[int], bool] | None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import pathlib
 import traceback
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -59,12 +61,18 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]  # the masked weights of torch.nn.utils.prune are such: deepcopy refuses them
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except Exception as error:
         raise CaptureError(
             f"the model {type(model).__name__} cannot be copied ({error}); tensors that are results of a computation "
-            f"and stored on the model are the usual cause: detach() them, or register them as buffers"
+            f"and stored on the model are the usual cause: register them as buffers"
         ) from error
 
 
@@ -79,16 +87,15 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     _note_hooks(model, notes)
     if model.training:
         notes.append("captured in training mode: branches on self.training are fixed as they are in training")
+    signature, given, concrete = _fixed_inputs(model, inputs)
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracers warn about asserts on sizes, which shapes.propagate checks anew
-            graph = tracer.trace(model, concrete_args=_concrete_arguments(model, inputs))
-    except InputError:
-        raise
+            graph = tracer.trace(model, concrete_args=concrete)
     except Exception as error:
         raise _explain(model, inputs, error) from error
-    _remove_concrete_checks(graph)
+    _settle_fixed_inputs(graph, concrete, given, signature, notes)
     graph_module = fx.GraphModule(model, graph, class_name=name)
     for path, module in graph_module.named_modules():
         module.training = model.get_submodule(path).training
@@ -98,6 +105,22 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     return graph_module
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that knows the augmented assignments."""
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _function in ops.INPLACE_OPERATORS:
+    if getattr(operator, _function.__name__, None) is _function:
+        setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracer that keeps the layers of the operator table whole and traces into everything else."""
 
@@ -105,6 +128,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy that records `x += y` as the in-place operation it is; fx's own records `x + y`."""
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is OrderedDict:  # fx would turn it into a plain dict
@@ -147,6 +174,9 @@ def _make_masks_permanent(model: nn.Module, notes: list[str]) -> dict[str, torch
 def _make_parametrizations_permanent(model: nn.Module, notes: list[str]) -> None:
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module) and isinstance(module.parametrizations, nn.ModuleDict):
+            # A copy shares the class that torch made for the original, and removal would take the property off both.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             for name in list(module.parametrizations):
                 with evaluation(model):
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -170,8 +200,8 @@ def _note_hooks(model: nn.Module, notes: list[str]) -> None:
                 hooks.clear()
 
 
-def _concrete_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
-    """Return the arguments of forward that tracing fixes: those not given, and those that hold no tensor."""
+def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, set[str], dict[str, Any]]:
+    """Return the signature of forward, the inputs given, and those that tracing fixes: not given, or without a tensor."""
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
@@ -184,27 +214,32 @@ def _concrete_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, An
         value = bound.arguments.get(name, parameter.default)
         if not ExampleInputs((value,)).tensors():
             concrete[name] = value
-    return concrete
+    return signature, set(bound.arguments), concrete
 
 
-def _remove_concrete_checks(graph: fx.Graph) -> None:
-    """Remove the checks that fx adds for fixed arguments, and arguments that nothing reads and that have a default."""
+def _settle_fixed_inputs(
+    graph: fx.Graph, concrete: dict[str, Any], given: set[str], signature: inspect.Signature, notes: list[str]
+) -> None:
+    """Remove the checks that fx adds for fixed inputs. Those that were given keep their place, with their value as
+    default; the others, and the placeholders that fx made for parts of a value, go."""
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
             tested = node.args[0]
             graph.erase_node(node)
             if isinstance(tested, fx.Node) and tested.op == "call_function" and not tested.users:
                 graph.erase_node(tested)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and not node.users and not str(node.target).startswith("*") and (
-            node.args or not _was_named(node)
-        ):  # fmt: skip
+    kept: set[str] = set()
+    later_is_required = False
+    for node in reversed([node for node in graph.nodes if node.op == "placeholder"]):
+        name = str(node.target).rpartition("_")[0]
+        if str(node.target) in signature.parameters or name not in concrete or node.users:
+            later_is_required = later_is_required or not (node.args or str(node.target).startswith("*"))
+        elif name not in given or name in kept:
             graph.erase_node(node)
-
-
-def _was_named(node: fx.Node) -> bool:
-    """Whether a placeholder carries a name of the forward's signature (fx numbers those that it fixed)."""
-    return not str(node.target).rpartition("_")[2].isdigit()
+        else:
+            kept.add(name)
+            node.target, node.args = name, () if later_is_required else (concrete[name],)
+            notes.append(f"input {name!r} is fixed at {concrete[name]!r}, the value of the example")
 
 
 def _drop_unused_modules(graph_module: fx.GraphModule) -> None:

@@ -54,6 +54,7 @@ class _Propagation:
         self.inputs = inputs
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.values: dict[fx.Node, Any] = {}  # fake values; made from the recorded ones only when they are needed
+        self.known: dict[str, Value] = {}  # what a call like this one produced before
 
     def run(self) -> None:
         placeholders = bind_placeholders(self.graph_module.graph, self.inputs)
@@ -65,14 +66,20 @@ class _Propagation:
             key = self._key(node)
             if key is not None and node.meta.get(_KEY) == key and info(node).value is not None:
                 continue
+            if key in self.known:
+                set_info(node, value=self.known[key])
+                node.meta[_KEY] = key
+                continue
             try:
                 self.values[node] = self._compute(node)
             except Exception as error:
                 raise InputError(self._explain(node, error)) from error
             set_info(node, value=_describe(self.values[node]))
             node.meta[_KEY] = key
+            if key is not None:
+                self.known[key] = info(node).value
 
-    def _key(self, node: fx.Node) -> object:
+    def _key(self, node: fx.Node) -> str | None:
         """What the value of a node depends on. None: not known, compute it always."""
         if node.op == "output":
             return None
@@ -80,7 +87,8 @@ class _Propagation:
         module: object = None
         if node.op in ("call_module", "get_attr"):
             module = _signature(_attribute(self.graph_module, str(node.target)))
-        return repr((node.op, node.target, arguments, module))
+        target = None if node.op in ("call_module", "get_attr") else node.target
+        return repr((node.op, target, arguments, module))
 
     def _compute(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxcompress.analysis.cost import Cost, cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
-from fxcompress.graph import compare, verify
+from fxcompress.graph import compare, edit, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
 from fxcompress.graph.shapes import propagate
@@ -103,7 +103,7 @@ class PassManager:
         for index, item in enumerate(passes):
             context.progress(str(item), index, len(passes))
             title = _title(index, passes)
-            before = copy.deepcopy(current) if self._checks(item) else None
+            before = edit.snapshot(current) if self._checks(item) else None
             if before is not None and outputs is None:
                 outputs = compare.run(before, inputs)
             started = time.perf_counter()

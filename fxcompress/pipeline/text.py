@@ -26,6 +26,9 @@ _TOKEN = re.compile(
 )
 
 
+_FLOATS = ("inf", "-inf", "nan")  # floats that are no Python literals
+
+
 def parse(text: str) -> list[Pass]:
     """Read pipeline text into passes.
 
@@ -65,8 +68,10 @@ def _print_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_print_value(item) for item in value) + "]"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][\w.\-:*/]*", value) and value not in ("None", "True", "False")
+        plain = re.fullmatch(r"[A-Za-z_][\w.\-:*/]*", value) and value not in ("None", "True", "False", *_FLOATS)
         return value if plain else repr(value)
+    if dataclasses.is_dataclass(value):  # a budget, which reads its own text
+        return str(value)
     return repr(value)
 
 
@@ -130,6 +135,8 @@ class _Parser:
         kind, value, _ = self._next("a value")
         if kind == "mark":
             raise self._error(f"expected a value, found {value!r}")
+        if kind == "word" and value in _FLOATS:
+            return float(value)
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -45,8 +45,14 @@ def _symmetric_scale(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> 
     return _safe(torch.maximum(-low / below, high / above))
 
 
+import os
+BITS=int(os.environ.get("BITS","3"))
 def _safe(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
+    s= torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
+    if BITS>=24: return s
+    m,e=torch.frexp(s.double())
+    m=torch.ceil(m*2**BITS-1e-6)/2**BITS
+    return torch.ldexp(m,e).float()
 
 
 def broadcast(parameter: torch.Tensor, ndim: int, axis: int | None) -> torch.Tensor:

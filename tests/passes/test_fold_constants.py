@@ -158,6 +158,7 @@ def test_a_result_that_would_be_too_large_stays() -> None:
     result = run(graph_module, max_growth=1000)
     assert "not folded: the result would take 15,984 bytes more than what it is computed from" in str(result.notes[0])
     assert not result.modified
+    assert not run(graph_module, max_growth=15_983).modified
     assert run(graph_module, max_growth=15_984).modified
 
 

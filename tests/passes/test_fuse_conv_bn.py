@@ -123,6 +123,15 @@ def test_the_wrong_algebra_would_fail_the_equality() -> None:
     assert gap(model(x), nn.functional.conv2d(x, conv.weight, folded.bias)) > 1e-3
 
 
+def test_half_precision_is_folded_in_double_and_rounded_once() -> None:
+    model, x = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).bfloat16().eval(), torch.randn(2, 3, 5, 5)
+    exact = folded_backward(model.double()[0], model[1])  # type: ignore[index, arg-type]
+    graph_module = canonical(model.bfloat16(), x.bfloat16())
+    run(FoldBatchNorm(), graph_module, x.bfloat16())
+    assert torch.equal(graph_module.get_parameter("0.weight"), exact.weight.bfloat16())
+    assert torch.equal(graph_module.get_parameter("0.bias"), exact.bias.bfloat16())
+
+
 def test_two_batch_norms_in_a_row_fold_both() -> None:
     model = randomise(nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.BatchNorm1d(3))).double().eval()
     x = torch.randn(2, 2, 5, dtype=torch.float64)
@@ -151,16 +160,16 @@ def test_the_mask_of_a_batch_norm_becomes_that_of_the_rows() -> None:
     model = randomise(nn.Sequential(nn.ConvTranspose2d(2, 4, 2, groups=2), nn.BatchNorm2d(4))).eval()
     x = torch.randn(1, 2, 4, 4)
     graph_module = canonical(model, x)
-    masks, keep = graph_info(graph_module).masks, torch.tensor([True, False, True, False])
+    masks = graph_info(graph_module).masks
+    masks["1.weight"], masks["1.bias"] = torch.tensor([True, False, True, False]), torch.tensor([True, False, False, True])
     with torch.no_grad():
-        for name in ("weight", "bias"):
-            masks[f"1.{name}"] = keep
-            graph_module.get_parameter(f"1.{name}").mul_(keep)
+        for name, mask in masks.items():
+            graph_module.get_parameter(name).mul_(mask)
     expected = graph_module(x)
     run(FoldBatchNorm(), graph_module, x)
     assert gap(expected, graph_module(x)) < 1e-5
     assert set(masks) == {"0.weight", "0.bias"}
-    assert torch.equal(masks["0.bias"], keep)
+    assert torch.equal(masks["0.bias"], torch.tensor([True, False, True, True]))
     assert torch.equal(masks["0.weight"][:, :, 0, 0], torch.tensor([[True, False], [True, False]]))
     for name, mask in masks.items():
         assert torch.equal(graph_module.get_parameter(name) != 0, mask)
@@ -312,6 +321,10 @@ def test_folding_forward_keeps_the_output_or_refuses(
         (nn.Conv2d(2, 3, 3, padding=1), "1: not fused: `1` pads with zeros, and the batch norm has a shift"),
         (nn.Conv2d(2, 3, 3, padding="same"), "1: not fused: `1` pads with zeros, and the batch norm has a shift"),
         (nn.ConvTranspose2d(2, 3, 2), "1: not fused: `1` has fewer taps at the border, and the batch norm has a shift"),
+        (
+            nn.ConvTranspose2d(2, 3, 1, dilation=2, output_padding=1),
+            "1: not fused: `1` has fewer taps at the border, and the batch norm has a shift",
+        ),
         (nn.Conv2d(2, 3, 1, padding="same"), None),
         (nn.Conv2d(2, 3, 3, padding="valid"), None),
         (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), None),

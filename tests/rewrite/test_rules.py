@@ -189,6 +189,29 @@ def test_a_rewrite_behind_a_match_makes_its_readers_be_looked_at_again() -> None
     assert sum(node.op == "call_function" for node in graph_module.graph.nodes) == 1
 
 
+def test_what_a_later_rewrite_makes_possible_further_up_is_found() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = torch.abs(x)
+            first = torch.exp(torch.tanh(inner + 1.0))
+            return first - torch.neg(inner)
+
+    def to_input(match: Match) -> None:
+        match.workspace.replace(match.anchor, match["x"])
+
+    x = op("placeholder", bind="x")
+    single = op("abs", readers=1, input=x)
+    rules = [
+        Rule("deep", op("tanh", input=op("add", input=single)), to_input),
+        Rule("behind", op("exp", input=x), to_input),
+        Rule("frees", op("neg", input=op("abs", input=x)), to_input),
+    ]
+    graph_module = trace(Model(), torch.randn(3), training=False)
+    applied = apply(graph_module, rules)
+    assert [outcome.rule for outcome in applied.done] == ["frees", "deep", "behind"]
+    assert [node.name for node in graph_module.graph.nodes] == ["x", "sub", "output"]
+
+
 def test_a_rule_that_undoes_itself_is_stopped() -> None:
     def turn(match: Match) -> None:
         made = match.workspace.insert(match.anchor, torch.abs, (match["x"],))
