@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from fxcompress.analysis.quantization import data_inputs, moves
 from fxcompress.errors import InputError, PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
@@ -23,7 +25,10 @@ class ConvertObserved(Pass):
        plain numbers.
     2. An observer with a scale for each channel becomes `torch.fake_quantize_per_channel_affine`; its scales and zero
        points become buffers beside the weight: `conv1.weight_scale`, `conv1.weight_zero_point`.
-    3. Refuses an observer that has seen no data, or NaN or infinity.
+    3. A bias is rounded to multiples of (scale of the input) x (scale of the weight), the steps in which products are
+       summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for. A bias
+       that belongs to several layers stays as it is.
+    4. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
     with.
@@ -45,16 +50,8 @@ class ConvertObserved(Pass):
                     numbers[path] = _proposal(observer, node)
                 _convert(graph_module, node, observer, *numbers[path])
                 edits += 1
-        import os
-        if os.environ.get("BITS")!="24":
-            for node in graph_module.graph.nodes:
-                if ops.kind(node) in ("conv_function","linear_function"):
-                    g=ops.arguments(node); b=g["bias"]; x=g["input"]; w=g["weight"]
-                    while ops.kind(x)!="fake_quantize" and x.all_input_nodes: x=x.all_input_nodes[0]
-                    if b is not None and ops.kind(x)=="fake_quantize" and ops.kind(w)=="fake_quantize_channel":
-                        t=edit.attribute(graph_module,b.target); ws=edit.attribute(graph_module,w.args[1].target)
-                        u=x.args[1]*ws.double()
-                        t.data.copy_(((t.double()/u).round()*u).float())
+        if edits:
+            _round_biases(graph_module)
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, edits > 0, edits)
 
@@ -84,6 +81,37 @@ def _convert(
             pair = graph.call_function(torch.fake_quantize_per_channel_affine, arguments)
     set_info(pair, layer=info(node).layer)
     edit.replace_and_erase(node, pair)
+
+
+def _round_biases(graph_module: fx.GraphModule) -> None:
+    readers: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        if ops.kind(node) in ("conv_function", "linear_function"):
+            bias = ops.arguments(node)["bias"]
+            if isinstance(bias, fx.Node) and bias.op == "get_attr":
+                readers[str(bias.target)].append(node)
+    for path, layers in readers.items():
+        step = _step(graph_module, layers[0]) if len(layers) == 1 else None
+        if step is not None:
+            bias = edit.attribute(graph_module, path)
+            edit.set_tensor(graph_module, path, (bias.double() / step).round().mul(step).to(bias.dtype))
+
+
+def _step(graph_module: fx.GraphModule, layer: fx.Node) -> torch.Tensor | None:
+    """The steps in which a layer sums its products, for each channel; None if they are not known."""
+    given = ops.arguments(layer)
+    source, weight = given["input"], given["weight"]
+    while ops.kind(source) != "fake_quantize":  # numbers that were only moved since they were quantised
+        inputs = data_inputs(source)
+        if not inputs or not moves(source):
+            return None
+        source = inputs[0]
+    if ops.kind(weight) not in ("fake_quantize", "fake_quantize_channel"):
+        return None
+    scale = ops.arguments(weight)["scale"]
+    if isinstance(scale, fx.Node):
+        scale = edit.attribute(graph_module, str(scale.target)).double()
+    return torch.as_tensor(scale * ops.arguments(source)["scale"], dtype=torch.float64)
 
 
 def _buffer(graph_module: fx.GraphModule, value: fx.Node, suffix: str, numbers: torch.Tensor) -> fx.Node:

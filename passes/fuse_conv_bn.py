@@ -92,12 +92,7 @@ class FoldBatchNormForward(RulePass):
 
 
 def _check_backward(match: Match) -> Refusal | None:
-    return (
-        _check_norm(match)
-        or _check_uses(match)
-        or _check_values(match)
-        or _check_finite(match, folded_backward)
-    )
+    return _check_norm(match) or _check_uses(match) or _check_values(match) or _check_finite(match, folded_backward)
 
 
 def _check_forward(match: Match) -> Refusal | None:

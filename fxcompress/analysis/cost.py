@@ -87,7 +87,8 @@ def macs(node: fx.Node) -> int:
         left = info(node.all_input_nodes[0]).value
         return math.prod(value.shape) * left.shape[-1] if isinstance(left, TensorInfo) else 0
     if kind == "attention":
-        query, key = (info(source).value for source in node.all_input_nodes[:2])
+        bound = ops.arguments(node)
+        query, key = info(bound["query"]).value, info(bound["key"]).value
         return int(math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
     weight = _weight_shape(node)
     if weight is None:

@@ -153,7 +153,7 @@ class _Planner:
         for node in self.graph.nodes:
             self.leader[node], self.members[node] = node, [node]
         for node in self.graph.nodes:
-            if _moves(node):
+            if moves(node):
                 for source in data_inputs(node):
                     self._tie(source, node)
 
@@ -168,7 +168,7 @@ class _Planner:
             self.members[keep].append(node)
 
     def _sources(self, leader: fx.Node) -> list[fx.Node]:
-        return [node for node in self.members[leader] if not _moves(node)]
+        return [node for node in self.members[leader] if not moves(node)]
 
     # What can be, and what has to be, 8-bit
 
@@ -234,7 +234,7 @@ class _Planner:
         inside = {node for nodes in self.regions.values() for node in nodes}
         for node in self.graph.nodes:
             kind = ops.kind(node)
-            moves_integers = _moves(node) and self.leader[node] in demanded
+            moves_integers = moves(node) and self.leader[node] in demanded
             if node in inside or node in chosen or moves_integers or kind in _SILENT or not _float_values(node):
                 continue
             name = str(node.target) if node.op == "call_module" else node.name
@@ -242,7 +242,7 @@ class _Planner:
 
 
 def _reason(node: fx.Node, kind: str, demanded: bool) -> str:
-    if kind not in _COMPUTING and not _moves(node):
+    if kind not in _COMPUTING and not moves(node):
         return f"no int8 kernel for {kind}" if kind != "opaque" else "not known to fxcompress"
     return "its inputs are float" if demanded else "no int8 layer reads it"
 
@@ -287,7 +287,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if _float_values(source)]
 
 
-def _moves(node: fx.Node) -> bool:
+def moves(node: fx.Node) -> bool:
     """Whether a node only moves numbers, so that its result lies on the grid of its inputs."""
     kind = ops.kind(node)
     if not _float_values(node) or not data_inputs(node):

@@ -87,15 +87,30 @@ def _merge(axes: list[Axis | None], sizes: list[int]) -> Axis:
 
 
 def _split(walk: Walk, axis: Axis, sizes: list[int]) -> list[Axis | None]:
-    """Cut one dimension into several; the largest keeps the atoms, tied across the others."""
+    """Cut one dimension into several; one of them keeps the atoms, tied across the others.
+
+    It is the one along which the atoms differ, if that is one only (a flatten undone), else the largest.
+    """
     if len(axis) != math.prod(sizes):
         walk.freeze(axis, "reshaped to an empty tensor")
         return [None] * len(sizes)
-    keeper = max(range(len(sizes)), key=lambda i: sizes[i])
-    grid = axis.atoms.reshape(-1, *sizes)
-    lines = np.moveaxis(grid, keeper + 1, -1).reshape(len(grid), -1, sizes[keeper])
+    candidates = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    keeper = next((i for i in candidates if _is_untied(axis.atoms, sizes, i)), candidates[0])
+    lines = _lines(axis.atoms, sizes, keeper)
     walk.link(np.broadcast_to(lines[:, :1], lines.shape), lines)
     constants = np.moveaxis(axis.constant.reshape(sizes), keeper, -1).reshape(-1, sizes[keeper])
     equal = (constants == constants[0]).all(axis=0)
     kept = Axis(lines[:, 0], np.where(equal, constants[0], np.nan))
     return [kept if position == keeper else None for position in range(len(sizes))]
+
+
+def _lines(atoms: Integers, sizes: list[int], dimension: int) -> Integers:
+    """Return the atoms as (k, positions in the other dimensions, indices along `dimension`)."""
+    grid = np.moveaxis(atoms.reshape(-1, *sizes), dimension + 1, -1)
+    return grid.reshape(len(grid), -1, sizes[dimension])
+
+
+def _is_untied(atoms: Integers, sizes: list[int], dimension: int) -> bool:
+    """Whether all lines along a dimension hold the same atoms, so that nothing has to be tied."""
+    lines = _lines(atoms, sizes, dimension)
+    return bool((lines == lines[:, :1]).all())

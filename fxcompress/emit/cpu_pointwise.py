@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,15 +72,24 @@ class Int8Add(_Binary):
         return bool(full and alike) and not without_kernels(left) and cpu_features().kernels
 
     def _kernel(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        # The operator reads its inputs as signed numbers, whatever their dtype, so they are moved by 128 first.
         assert self.left is not None and self.right is not None  # for the type checker, see _has_kernel
         operator = torch.ops.onednn.qadd_relu if self.relu else torch.ops.onednn.qadd
+        shift = 0
+        if _adds_signed_numbers():
+            left, right, shift = left.bitwise_xor(128), right.bitwise_xor(128), 128
         result: torch.Tensor = operator.tensor(
-            left.bitwise_xor(128).view(torch.int8), self.left.scale, self.left.zero_point - 128,
-            right.bitwise_xor(128).view(torch.int8), self.right.scale, self.right.zero_point - 128,
+            left, self.left.scale, self.left.zero_point - shift, right, self.right.scale, self.right.zero_point - shift,
             self.output.scale, self.output.zero_point, torch.uint8,
         )  # fmt: skip
         return result
+
+
+@functools.cache
+def _adds_signed_numbers() -> bool:
+    """Whether the operator reads uint8 as signed numbers, as it does up to torch 2.14 at least."""
+    high, zero = torch.tensor([200], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)
+    found = torch.ops.onednn.qadd.tensor(high, 1.0, 0, zero, 1.0, 0, 1.0, 0, torch.uint8)
+    return int(found) != 200
 
 
 class Int8Mul(_Binary):
@@ -205,18 +214,7 @@ class Int8AvgPool(Kernel):
         return integers(self._average(input), self.output)
 
     def _average(self, input: torch.Tensor) -> torch.Tensor:
-        """The averages in steps of the input's scale."""
-        steps = real(input, self.input)
-        if self.operation == "mean": return steps.mean(**self.arguments)
-        return _AVERAGES[self.operation][self.dimensions](steps, **self.arguments)
-
-    def _whole_dimensions(self, input: torch.Tensor) -> tuple[list[int], bool] | None:
-        """Return the axes that vanish as a whole, and whether they stay with size 1; None if there are windows."""
+        values = real(input, self.input)
         if self.operation == "mean":
-            axes = self.arguments.get("dim")
-            axes = range(input.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
-            return [int(axis) for axis in axes], bool(self.arguments.get("keepdim", False))
-        size = self.arguments.get("output_size")
-        if self.operation == "adaptive_avg_pool" and (size == 1 or (not isinstance(size, int) and set(size) == {1})):
-            return list(range(-self.dimensions, 0)), True
-        return None
+            return values.mean(**self.arguments)
+        return _AVERAGES[self.operation][self.dimensions](values, **self.arguments)

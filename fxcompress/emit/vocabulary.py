@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fxcompress.emit import cpu_int8
 from fxcompress.errors import ArtifactError
 from fxcompress.graph import modules as graph_modules
 from fxcompress.graph import ops
@@ -264,9 +265,7 @@ def _known_functions() -> dict[str, Function]:
 
 
 def _own_modules() -> dict[str, type[nn.Module]]:
-    from fxcompress.emit import cpu_int8  # not above: it takes a while, and float files do not need it
-
-    return {**graph_modules.MODULES, **getattr(cpu_int8, 'MODULES', {})}
+    return {**graph_modules.MODULES, **cpu_int8.MODULES}
 
 
 def _shorten(value: object) -> str:

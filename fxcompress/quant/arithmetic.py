@@ -30,12 +30,20 @@ def affine_parameters(
     low = minimum.detach().float().clamp(max=0.0)
     high = maximum.detach().float().clamp(min=0.0)
     if spec.symmetric:
-        scale = _symmetric_scale(low, high, spec)
-        zero_point = torch.full_like(scale, spec.middle, dtype=torch.int32)
-    else:
-        scale = _safe((high.double() - low.double()).div(spec.quant_max - spec.quant_min).float())
-        zero_point = (spec.quant_min - torch.round(low / scale)).clamp(spec.quant_min, spec.quant_max).to(torch.int32)
-    return scale, zero_point
+        scale = coarse_scale(_symmetric_scale(low, high, spec), spec.significands)
+        return scale, torch.full_like(scale, spec.middle, dtype=torch.int32)
+    scale = _safe((high.double() - low.double()).div(spec.quant_max - spec.quant_min).float())
+    scale = coarse_scale(scale, spec.significands)
+    return scale, _zero_point(low, scale, spec)
+
+
+def _zero_point(low: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The integer for zero, such that the range lies on the grid; even where scales are coarse."""
+    multiple = 2 if spec.significands else 1
+    steps = torch.round((spec.quant_min - low / scale) / multiple) * multiple
+    lowest = -(-spec.quant_min // multiple) * multiple
+    highest = spec.quant_max // multiple * multiple
+    return steps.clamp(lowest, highest).to(torch.int32)
 
 
 def _symmetric_scale(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -45,14 +53,34 @@ def _symmetric_scale(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> 
     return _safe(torch.maximum(-low / below, high / above))
 
 
-import os
-BITS=int(os.environ.get("BITS","3"))
 def _safe(scale: torch.Tensor) -> torch.Tensor:
-    s= torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
-    if BITS>=24: return s
-    m,e=torch.frexp(s.double())
-    m=torch.ceil(m*2**BITS-1e-6)/2**BITS
-    return torch.ldexp(m,e).float()
+    return torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
+
+
+def coarse_scale(scale: torch.Tensor, significands: tuple[int, ...]) -> torch.Tensor:
+    """Return the next number upwards that is one of the significands times a power of two; see `QuantSpec`.
+
+    Args:
+        scale: positive, float32, of any shape.
+        significands: whole numbers, the largest below twice the smallest; empty: the scale is returned as it is.
+    """
+    if not significands:
+        return scale
+    base = min(significands)
+    fraction, exponent = torch.frexp(scale.double())  # 0.5 <= fraction < 1
+    steps = torch.tensor([*sorted(significands), 2 * base], dtype=torch.float64, device=scale.device) / (2 * base)
+    chosen = steps[torch.searchsorted(steps, fraction * (1 - 1e-6))]  # a rounding error is no reason to go up
+    return torch.ldexp(chosen, exponent).float()
+
+
+def coarsened(
+    scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the numbers of a grid with the coarse scale and even zero point of `spec` that covers the same range."""
+    wider = coarse_scale(scale, spec.significands)
+    if spec.symmetric or not spec.significands:
+        return wider, zero_point
+    return wider, _zero_point(scale * (spec.quant_min - zero_point), wider, spec)
 
 
 def broadcast(parameter: torch.Tensor, ndim: int, axis: int | None) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fxcompress.errors import InputError, OptionError, did_you_mean
-from fxcompress.quant.arithmetic import affine_parameters
-from fxcompress.quant.spec import ACTIVATION, QuantSpec
+from fxcompress.quant.arithmetic import affine_parameters, coarsened
+from fxcompress.quant.spec import ACTIVATION, VALUE_SIGNIFICANDS, WEIGHT_SIGNIFICANDS, QuantSpec
 
 
 class Observer(nn.Module):
@@ -372,9 +372,9 @@ class ExternalObserver(nn.Module):
         scale, zero_point = self.observer.calculate_qparams()  # type: ignore[operator]
         if not torch.isfinite(scale).all():
             raise InputError(f"{name} has recorded NaN or infinity")
-        axis = self.spec.channel_axis
-        shape = () if axis is None else (-1,)
-        return scale.detach().float().reshape(shape), zero_point.detach().to(torch.int32).reshape(shape)
+        shape = () if self.spec.channel_axis is None else (-1,)
+        given = scale.detach().float().reshape(shape), zero_point.detach().to(torch.int32).reshape(shape)
+        return coarsened(*given, self.spec)
 
     def extra_repr(self) -> str:
         """Nothing: the observer inside prints itself."""
@@ -401,8 +401,14 @@ def external_spec(observer: nn.Module) -> QuantSpec:
         )
     scheme = str(getattr(inner, "qscheme", ""))
     axis = getattr(inner, "ch_axis", -1)
+    per_channel = "channel" in scheme
     return QuantSpec(
-        dtype, int(low), int(high), symmetric="symmetric" in scheme, channel_axis=int(axis) if "channel" in scheme else None
+        dtype,
+        int(low),
+        int(high),
+        symmetric="symmetric" in scheme,
+        channel_axis=int(axis) if per_channel else None,
+        significands=WEIGHT_SIGNIFICANDS if per_channel else VALUE_SIGNIFICANDS,
     )
 
 

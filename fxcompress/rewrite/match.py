@@ -1,11 +1,21 @@
 """Rules, and what comes of trying one at a node: a match, or a refusal with its reason.
 
-A rule that a user writes is the same thing as a built-in one:
+A rule that a user writes is the same thing as a built-in one, and a pass of rules is one method long
+(`RulePass` is in `fxcompress.rewrite.driver`):
 
-    def to_relu(match: Match) -> None:
-        match.workspace.replace(match.anchor, match["inner"])
+    def to_silu(match: Match) -> None:
+        silu = match.workspace.insert(match.anchor, F.silu, (match["x"],))
+        match.workspace.replace(match.anchor, silu)
 
-    double_abs = Rule("double-abs", op("abs", input=op("abs", bind="inner")), to_relu)
+    gate = op("sigmoid", input=anything("x"), readers=1)
+    swish = Rule("swish", op("mul", input=anything("x"), other=gate, commutative=True), to_silu)
+
+    @dataclass(frozen=True)
+    class FindSwish(RulePass):
+        name = "find-swish"
+
+        def rules(self) -> tuple[Rule, ...]:
+            return (swish,)
 """
 
 from __future__ import annotations

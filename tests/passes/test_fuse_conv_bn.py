@@ -124,8 +124,10 @@ def test_the_wrong_algebra_would_fail_the_equality() -> None:
 
 
 def test_half_precision_is_folded_in_double_and_rounded_once() -> None:
-    model, x = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).bfloat16().eval(), torch.randn(2, 3, 5, 5)
-    exact = folded_backward(model.double()[0], model[1])  # type: ignore[index, arg-type]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    randomise(model).bfloat16()
+    exact = folded_backward(model.double()[0], model[1])  # type: ignore[arg-type]
     graph_module = canonical(model.bfloat16(), x.bfloat16())
     run(FoldBatchNorm(), graph_module, x.bfloat16())
     assert torch.equal(graph_module.get_parameter("0.weight"), exact.weight.bfloat16())
@@ -161,7 +163,8 @@ def test_the_mask_of_a_batch_norm_becomes_that_of_the_rows() -> None:
     x = torch.randn(1, 2, 4, 4)
     graph_module = canonical(model, x)
     masks = graph_info(graph_module).masks
-    masks["1.weight"], masks["1.bias"] = torch.tensor([True, False, True, False]), torch.tensor([True, False, False, True])
+    masks["1.weight"] = torch.tensor([True, False, True, False])
+    masks["1.bias"] = torch.tensor([True, False, False, True])
     with torch.no_grad():
         for name, mask in masks.items():
             graph_module.get_parameter(name).mul_(mask)
