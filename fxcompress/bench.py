@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -67,7 +67,7 @@ class Timing:
 
 def compare(
     workload: Workload,
-    engines: dict[str, Builder],
+    engines: Mapping[str, Builder],
     rounds: int = 5,
     seconds: float = 1.0,
     progress: Callable[[str, int, int | None], None] = lambda description, done, total: None,

@@ -6,7 +6,9 @@ Import this package as `fxcompress.passes`.
 if __name__ != "fxcompress.passes":
     raise ImportError("import this package as fxcompress.passes: a second copy would hold a second set of classes")
 
+from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.canonicalize import Canonicalize
+from fxcompress.passes.convert_observed import ConvertObserved
 from fxcompress.passes.eliminate_common import EliminateCommon
 from fxcompress.passes.eliminate_dead import EliminateDead
 from fxcompress.passes.eliminate_identities import EliminateIdentities
@@ -14,14 +16,19 @@ from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse import Fuse
 from fxcompress.passes.fuse_activation import FuseActivation
 from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
+from fxcompress.passes.insert_observers import InsertObservers
+from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_channels import MaskChannels
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.passes.train import Train
 
 __all__ = [
+    "Calibrate",
     "Canonicalize",
+    "ConvertObserved",
     "EliminateCommon",
     "EliminateDead",
     "EliminateIdentities",
@@ -30,9 +37,12 @@ __all__ = [
     "FoldConstants",
     "Fuse",
     "FuseActivation",
+    "InsertObservers",
+    "Lower",
     "MaskChannels",
     "MaskWeights",
     "PruneChannels",
+    "Quantize",
     "RemoveChannels",
     "Train",
 ]

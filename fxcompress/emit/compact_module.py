@@ -42,9 +42,13 @@ class CompactModule(fx.GraphModule):
     def of(cls, graph_module: fx.GraphModule, report: Report | None = None) -> CompactModule:
         """Return `graph_module` as a `CompactModule`: the same layers and tensors, no copy of them.
 
-        The class is named after the model: a compiled `ResNet` prints as `CompactResNet`.
+        The class is named after the model: a compiled `ResNet` prints as `CompactResNet`. Type annotations of the
+        model's forward are dropped from the generated code: fx writes them under names of its own.
         """
-        name = type(graph_module).__name__.removeprefix("Compact").removesuffix("GraphModule")
+        name = report.model if report is not None else type(graph_module).__name__
+        name = name.removeprefix("Compact").removesuffix("GraphModule")
+        for node in graph_module.graph.nodes:
+            node.type = None
         compact = cls(graph_module, graph_module.graph, report, f"Compact{name or 'Module'}")
         copy_modes(graph_module, compact)
         compact.meta = graph_module.meta

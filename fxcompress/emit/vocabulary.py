@@ -219,6 +219,7 @@ class Vocabulary:
         if known in _TORCH_MODULES:
             if config.keys() != set(_TORCH_MODULES[known]):
                 raise ArtifactError(f"layer {path!r} ({type_name}) has arguments {_shorten(sorted(config, key=str))}")
+            _check_sizes(config, path)
             if config.get("num_layers", 0) > _MOST_LAYERS:
                 raise ArtifactError(f"layer {path!r} ({type_name}) has {config['num_layers']} layers")
             with _WithoutData():
@@ -228,12 +229,14 @@ class Vocabulary:
                 f"layer {path!r} is of type {_shorten(type_name)}, which this version of fxcompress does not allow in "
                 f"a file; a class of your own is given to load by its name: modules={{...}}"
             )
+        if type_name in _own_modules():
+            _check_sizes(config, path)
         with _WithoutData():
             return cast(Any, self.modules[type_name]).from_config(config)  # type: ignore[no-any-return]
 
 
 class _WithoutData(TorchFunctionMode):
-    """While a layer is built, tensors that are made by their size alone get no memory: the file may ask for any size."""
+    """While a layer is built, tensors made by their size alone get no memory: the file may ask for any size."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -243,6 +246,18 @@ class _WithoutData(TorchFunctionMode):
 
 
 _MADE_BY_SIZE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.eye}
+
+
+def _check_sizes(config: dict[str, Any], path: str) -> None:
+    """Refuse a stride of 0 and the like: some kernels divide by it, and take the whole process with them."""
+    for name, smallest in _SMALLEST.items():
+        value = config.get(name)
+        for size in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(size, (int, float)) and size < smallest:
+                raise ArtifactError(f"layer {path!r} has {name}={value!r}")
+
+
+_SMALLEST = {"kernel_size": 1, "stride": 1, "dilation": 1, "groups": 1, "padding": 0, "output_padding": 0}
 
 
 def _argument(module: nn.Module, name: str) -> Any:

@@ -562,7 +562,8 @@ def test_hostile_names_never_reach_the_source(saved: Path, place: str, name: Any
     ("name", "harmless"),
     [("new", True), ("7", True), ("layer-1 b", True), (HARM, False),
      ('a") or exec("raise SystemExit") or getattr(self, "a', False),
-     ('x"', False), ("a\n", False), ("lambda", False), ("__class__", False), ("", False), ("{x}", False), ("forward", False)],
+     ('x"', False), ("a\n", False), ("lambda", False), ("__class__", False), ("", False), ("{x}", False),
+     ("forward", False)],
 )  # fmt: skip
 def test_hostile_paths_are_refused(saved: Path, name: str, harmless: bool) -> None:
     """A layer renamed everywhere in a file: nothing but the look of the name can be the reason to refuse it."""
@@ -639,6 +640,7 @@ HOSTILE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "layer that is no text": lambda d: d["nodes"][1].update(info={"layer": 3}),
     "layer of another size": lambda d: d["modules"]["conv"]["config"]["dict"][1].__setitem__(1, 3),
     "negative size": lambda d: d["modules"]["conv"]["config"]["dict"][0].__setitem__(1, -1),
+    "stride of nothing": lambda d: d["modules"]["conv"]["config"]["dict"][3].__setitem__(1, {"tuple": [0, 0]}),
     "unknown argument": lambda d: d["modules"]["conv"]["config"]["dict"].append(["device", "cpu"]),
     "lacking argument": lambda d: d["modules"]["conv"]["config"]["dict"].pop(),
     "layer without parent": lambda d: d["modules"].update({"a.b": {"type": "Module"}}),

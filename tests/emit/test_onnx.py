@@ -34,7 +34,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def _outputs(path: Path, x: torch.Tensor) -> numpy.ndarray[Any, Any]:
     model = onnx.load(str(path))
-    outputs: list[Any] = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    outputs: Any = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
     return numpy.asarray(outputs[0])
 
 
@@ -64,7 +64,7 @@ def test_pairs_become_the_operators_of_onnx(tmp_path: Path, reduced: bool) -> No
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compact = fxc.compile(Small(), "fuse", X)
     graph_info(compact).stage = Stage.LOWERED
-    with pytest.raises(UnsupportedError, match="stage LOWERED cannot become ONNX.*convert-observed"):
+    with pytest.raises(UnsupportedError, match=r"stage LOWERED cannot become ONNX.*convert-observed"):
         compact.export_onnx(tmp_path / "m.onnx")
     graph_info(compact).stage = Stage.FLOAT
     by_hand = fxc.CompactModule(torch.fx.symbolic_trace(Small()), torch.fx.symbolic_trace(Small()).graph)
