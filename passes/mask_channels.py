@@ -46,7 +46,7 @@ class MaskChannels(Pass):
     importance: str = "l2"
     scope: str = "global"
     round_to: int = 1
-    ignore: tuple[str, ...] = ()
+    ignore: str | tuple[str, ...] = ()
     seed: int = 0
 
     name: ClassVar[str] = "mask-channels"
@@ -86,7 +86,7 @@ def check_channel_options(item: object) -> None:
     object.__setattr__(item, "ignore", (given,) if isinstance(given, str) else tuple(given))
 
 
-def matching_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> set[str]:
+def matching_layers(graph_module: fx.GraphModule, patterns: str | tuple[str, ...]) -> set[str]:
     """Return the layers whose paths match one of the patterns.
 
     Raises:
@@ -96,7 +96,7 @@ def matching_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> 
         str(node.target) for node in graph_module.graph.nodes if ops.kind(node) in (*ops.ANCHOR_KINDS, "embedding")
     }
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         hits = {path for path in layers if fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")}
         if not hits:
             raise OptionError(f"ignore={pattern!r} matches no layer{did_you_mean(pattern, layers)}")

@@ -42,7 +42,7 @@ class MaskWeights(Pass):
     method: str = "l1"
     scope: str = "global"
     pattern: str = "unstructured"
-    ignore: tuple[str, ...] = ()
+    ignore: str | tuple[str, ...] = ()
     seed: int = 0
 
     name: ClassVar[str] = "mask-weights"

@@ -34,7 +34,7 @@ class PruneChannels(Pass):
     importance: str = "l2"
     scope: str = "global"
     round_to: int = 1
-    ignore: tuple[str, ...] = ()
+    ignore: str | tuple[str, ...] = ()
     seed: int = 0
 
     name: ClassVar[str] = "prune-channels"

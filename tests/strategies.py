@@ -70,7 +70,8 @@ class _Builder:
         mode = self.draw(st.sampled_from(["zeros", "zeros", "circular"])) if size > 2 else "zeros"
         after = size + 2 * padding - dilation * (kernel - 1)
         bias = self.draw(st.booleans())
-        self.layer(nn.Conv2d(channels, out, kernel, 1, padding, dilation, bias=bias, padding_mode=mode), source, out, after)
+        settings: Any = {"bias": bias, "padding_mode": mode}
+        self.layer(nn.Conv2d(channels, out, kernel, 1, padding, dilation, **settings), source, out, after)
 
     def grouped(self) -> None:
         source = self.pick()
@@ -227,7 +228,7 @@ class _Builder:
         self.push(step, channels, size)
 
     def head(self) -> None:
-        channels, size = self.shapes[-1]
+        channels, _ = self.shapes[-1]
         source = len(self.shapes) - 1
         kind = self.draw(st.sampled_from(["flatten", "pool", "view", "none"]))
         if kind == "none":
@@ -245,7 +246,8 @@ class _Builder:
 
 _ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     F.relu, torch.sigmoid, F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.tanh, F.softplus, F.elu, torch.exp,
-    lambda x: torch.clamp(x, -1.0, 2.0), lambda x: 0.5 * x + 0.25, lambda x: x.square(), lambda x: F.relu(x, inplace=True),
+    lambda x: torch.clamp(x, -1.0, 2.0), lambda x: 0.5 * x + 0.25, lambda x: x.square(),
+    lambda x: F.relu(x, inplace=True),
 ]  # fmt: skip
 
 _STEPS = (

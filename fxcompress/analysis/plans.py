@@ -187,7 +187,7 @@ def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
     nothing = np.zeros(chooser.analysis.group_count, dtype=bool)
     full = cost(budget.quantity, nothing)
     target = budget.target(full)
-    masked = chooser.scores == -1.0  # by an earlier run, perhaps of this very pass
+    masked: Booleans = chooser.scores == -1.0  # by an earlier run, perhaps of this very pass
     best, best_cost = masked, cost(budget.quantity, masked)
     if abs(best_cost - target) <= 0.03 * target:
         return masked

@@ -166,7 +166,7 @@ def _make_masks_permanent(model: nn.Module, notes: list[str]) -> dict[str, torch
                 name = hook._tensor_name
                 parameter = f"{path}.{name}" if path else name
                 masks[parameter] = module.get_buffer(f"{name}_mask").bool()
-                prune.remove(module, name)  # type: ignore[no-untyped-call]
+                prune.remove(module, name)
                 notes.append(f"{parameter}: mask of torch.nn.utils.prune applied and remembered")
     return masks
 
@@ -201,7 +201,7 @@ def _note_hooks(model: nn.Module, notes: list[str]) -> None:
 
 
 def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, set[str], dict[str, Any]]:
-    """Return the signature of forward, the inputs given, and those that tracing fixes: not given, or without a tensor."""
+    """Return the signature of forward, the inputs given, and those that tracing fixes (no tensor, or not given)."""
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)

@@ -86,7 +86,7 @@ def fit(
                         f"the loss is {value.item()} in epoch {epoch + 1}, batch {index + 1}; check the data for NaN, "
                         f"or lower the learning rate"
                     )
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 optimiser.step()
                 hold_masks(module)
                 losses.append(value.item())

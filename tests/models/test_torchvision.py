@@ -28,13 +28,13 @@ NETWORKS = {
     "deeplabv3_mobilenet_v3_large": 64, "lraspp_mobilenet_v3_large": 64, "r3d_18": 32,
 }  # fmt: skip
 
-#: Convolutions whose float weights make up most of a network take long to draw: no initialisation beyond torch's own.
+#: No downloads, and no slow initialisation beyond torch's own.
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
-    **dict.fromkeys(
-        ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"), {"weights_backbone": None}
-    ),
+    "fcn_resnet50": {"weights_backbone": None},
+    "deeplabv3_mobilenet_v3_large": {"weights_backbone": None},
+    "lraspp_mobilenet_v3_large": {"weights_backbone": None},
 }
 
 

@@ -88,14 +88,14 @@ def test_train_holds_the_masks_of_channels_and_weights() -> None:
 def test_the_least_important_channels_of_a_layer_are_masked(importance: str) -> None:
     model = small()
     with torch.no_grad():
-        model[1].weight.copy_(torch.rand(16) + 0.1)
+        model.get_parameter("1.weight").copy_(torch.rand(16) + 0.1)
     compact = fxc.compile(model, [P.MaskChannels(0.5, importance=importance, scope="layer")], X)
     dead = (compact.get_parameter("0.weight") == 0).flatten(1).all(1)
     assert int(dead.sum()) == 8
     scores = {
-        "l1": model[0].weight.flatten(1).abs().sum(1),
-        "l2": model[0].weight.flatten(1).norm(dim=1),
-        "bn_scale": model[1].weight,
+        "l1": model.get_parameter("0.weight").flatten(1).abs().sum(1),
+        "l2": model.get_parameter("0.weight").flatten(1).norm(dim=1),
+        "bn_scale": model.get_parameter("1.weight"),
     }
     if importance in scores:
         assert scores[importance][dead].max() <= scores[importance][~dead].min()

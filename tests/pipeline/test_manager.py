@@ -16,6 +16,7 @@ from fxcompress import passes as P
 from fxcompress.errors import OptionError, PassError, PassOrderError, VerificationError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import Stage
+from fxcompress.pipeline.base import data_field
 from fxcompress.testing import assert_graph
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -30,7 +31,7 @@ def model() -> nn.Module:
 class Edit(fxc.Pass):
     """A pass that calls a function on the graph."""
 
-    edit: Callable[[fx.GraphModule], None] = fxc.data_field()
+    edit: Callable[[fx.GraphModule], None] = data_field()
 
     name: ClassVar[str] = "edit"
     contract: ClassVar[fxc.Contract] = fxc.Contract.EXACT
@@ -47,7 +48,10 @@ def _relu_to_gelu(graph_module: fx.GraphModule) -> None:
 
 
 def test_a_pass_that_is_not_exact_is_found_with_the_first_node_that_differs() -> None:
-    with pytest.raises(VerificationError, match=r"pass 3 \(edit\), after canonicalize, fold-constants, .*first node that differs is '_1'"):
+    with pytest.raises(
+        VerificationError,
+        match=r"pass 3 \(edit\), after canonicalize, fold-constants, .*first node that differs is '_1'",
+    ):
         fxc.compile(model(), [P.FoldConstants(), Edit(_relu_to_gelu)], X)
     fxc.compile(model(), [P.FoldConstants(), Edit(_relu_to_gelu)], X, verify=False)  # the user's choice
 
@@ -56,7 +60,7 @@ def test_a_malformed_graph_is_found() -> None:
     def unnamed(graph_module: fx.GraphModule) -> None:
         next(n for n in graph_module.graph.nodes if n.op == "call_module").target = "nowhere"
 
-    with pytest.raises(VerificationError, match="edit.*nowhere"):
+    with pytest.raises(VerificationError, match=r"edit.*nowhere"):
         fxc.compile(model(), [Edit(unnamed)], X)
 
 
@@ -72,7 +76,9 @@ def test_a_failing_pass_is_named_with_those_before_it() -> None:
     def fail(graph_module: fx.GraphModule) -> None:
         raise KeyError("weights")
 
-    with pytest.raises(PassError, match=r"pass 3 \(edit\), after canonicalize, eliminate-dead, failed with KeyError") as caught:
+    with pytest.raises(
+        PassError, match=r"pass 3 \(edit\), after canonicalize, eliminate-dead, failed with KeyError"
+    ) as caught:
         fxc.compile(model(), [P.EliminateDead(), Edit(fail)], X)
     assert isinstance(caught.value.__cause__, KeyError)
 

@@ -14,6 +14,7 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.errors import OptionError, PipelineTextError
 from fxcompress.pipeline import registry
+from fxcompress.pipeline.base import data_field
 from fxcompress.pipeline.presets import PRESETS, read_passes
 from fxcompress.pipeline.text import parse, print_pass, print_pipeline
 
@@ -28,7 +29,7 @@ class Tag(fxc.Pass):
     flag: bool = False
     words: tuple[str, ...] = ()
     nothing: int | None = None
-    loader: object = fxc.data_field()
+    loader: object = data_field()
 
     name: ClassVar[str] = "tag-for-tests"
 
@@ -43,9 +44,14 @@ texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=8)
 
 @given(
     st.builds(
-        Tag, word=texts, number=st.floats(allow_nan=False), count=st.integers(), flag=st.booleans(),
-        words=st.lists(texts, max_size=3).map(tuple), nothing=st.none() | st.integers(),
-    )  # fmt: skip
+        Tag,
+        word=texts,
+        number=st.floats(allow_nan=False),
+        count=st.integers(),
+        flag=st.booleans(),
+        words=st.lists(texts, max_size=3).map(tuple),
+        nothing=st.none() | st.integers(),
+    )
 )
 def test_printing_and_parsing_round_trip(item: Tag) -> None:
     assert parse(print_pass(item)) == [item]

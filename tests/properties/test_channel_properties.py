@@ -12,6 +12,7 @@ from torch import fx, nn
 import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.analysis import transfer
+from fxcompress.analysis.channels import Walk
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph.compare import run
 from fxcompress.graph.inputs import ExampleInputs
@@ -19,7 +20,9 @@ from fxcompress.testing import assert_equivalent, check_pass
 from tests.strategies import Program, example, programs
 
 EXACT = 1e-10
-many = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def _finite(model: nn.Module) -> bool:
@@ -33,7 +36,12 @@ def _masked_and_removed(model: Program, item: fxc.Pass) -> tuple[fx.GraphModule,
 
 
 @many
-@given(programs(), st.sampled_from([0.3, 0.5, 0.8]), st.sampled_from(["layer", "global"]), st.sampled_from(["l2", "random"]))
+@given(
+    programs(),
+    st.sampled_from([0.3, 0.5, 0.8]),
+    st.sampled_from(["layer", "global"]),
+    st.sampled_from(["l2", "random"]),
+)
 def test_masked_equals_removed(model: Program, ratio: float, scope: str, importance: str) -> None:
     assume(_finite(model))
     masked, removed = _masked_and_removed(model, P.MaskChannels(ratio, scope=scope, importance=importance))
@@ -61,7 +69,10 @@ def test_filters_zeroed_by_the_user_are_removed_exactly(model: Program, random: 
 
 
 @many
-@given(programs(max_steps=8), st.sampled_from([P.MaskChannels(0.5), P.RemoveChannels(), P.MaskWeights(0.4), P.Canonicalize()]))
+@given(
+    programs(max_steps=8),
+    st.sampled_from([P.MaskChannels(0.5), P.RemoveChannels(), P.MaskWeights(0.4), P.Canonicalize()]),
+)
 def test_passes_are_idempotent_and_truthful(model: Program, item: fxc.Pass) -> None:
     assume(_finite(model))
     check_pass(item, fxc.trace(model, example()), example())
@@ -70,7 +81,7 @@ def test_passes_are_idempotent_and_truthful(model: Program, item: fxc.Pass) -> N
 def test_a_broken_transfer_rule_is_found(monkeypatch: object) -> None:
     """Control: let concatenation forget its second tensor, and the property must fail."""
 
-    def broken(walk: transfer.Walk, node: fx.Node) -> object:
+    def broken(walk: Walk, node: fx.Node) -> object:
         axes = list(original(walk, node))
         if axes[1] is not None:
             axes[1] = axes[1].take(list(reversed(range(len(axes[1])))))
