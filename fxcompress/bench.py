@@ -11,6 +11,7 @@ import functools
 import json
 import multiprocessing
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -305,8 +306,13 @@ def document(results: Any) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line that runs now, without the folders of the program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command line that runs now, as it would be typed in the folder where it runs."""
+    program = Path(sys.argv[0]).resolve()
+    inside = program.is_relative_to(Path.cwd())
+    name = f"python {program.relative_to(Path.cwd())}" if inside and program.suffix == ".py" else program.name
+    if program.name == "__main__.py":
+        name = "fxcompress"
+    return shlex.join([*name.split(), *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

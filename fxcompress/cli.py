@@ -59,7 +59,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report, the artefact and the figures.")] = Path(
         "fxcompress-demo"
     ),
-    epochs: Annotated[int, typer.Option(help="Epochs of training from scratch.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of training from scratch.")] = 5,
     finetune: Annotated[int, typer.Option(help="Epochs of training after pruning.")] = 6,
     ratio: Annotated[float, typer.Option(help="Share of all channels that is pruned.")] = 0.6,
     seed: Annotated[int, typer.Option(help="For weights, data order and the split.")] = 0,

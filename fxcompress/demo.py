@@ -39,7 +39,7 @@ class BabyCNN(nn.Module):
     Takes digits (batch, 1, 28, 28), returns (batch, 10) logits.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 40) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -132,7 +132,7 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     return right / len(digits.labels)
 
 
-def run(out: Path, *, epochs: int = 8, finetune: int = 5, ratio: float = 0.6, seed: int = 0) -> dict[str, Any]:
+def run(out: Path, *, epochs: int = 5, finetune: int = 6, ratio: float = 0.6, seed: int = 0) -> dict[str, Any]:
     """Train, compress, measure, write the report and the artefacts into `out`, and load the result back.
 
     Returns:

@@ -460,12 +460,24 @@ class _Lowering:
         return isinstance(self._module(reader), _OWNERS)
 
     def _install(self) -> None:
+        self._keep_holders()
         used = {str(node.target) for node in self.new.nodes if node.op == "call_module"}
         self.modules = {path: module for path, module in self.modules.items() if path in used}
         for path, module in self.modules.items():
             edit.add_module(self.graph_module, path, module.eval())
         self.graph_module.graph = self.new
         self.graph_module.delete_all_unused_submodules()
+
+
+    def _keep_holders(self) -> None:
+        """Move kernels beside a layer whose weights are read by another call of it that stays float."""
+        holders = {str(node.target).rpartition(".")[0] for node in self.new.nodes if node.op == "get_attr"}
+        for path in holders & self.modules.keys():
+            beside = self._path(f"{path}_int8")
+            self.modules[beside] = self.modules.pop(path)
+            for node in self.new.nodes:
+                if node.op == "call_module" and node.target == path:
+                    node.target = beside
 
 
 #: Modules whose result never shares memory with their input.

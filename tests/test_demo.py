@@ -78,7 +78,7 @@ def test_the_page_has_plots_and_every_layer(finished: tuple[Path, dict[str, Any]
         assert title in page
     assert page.count("<svg") == 5
     assert all(f"<code>{layer}</code>" in page for layer in ("conv1", "conv3", "fc1", "fc2"))
-    assert re.search(r"pruned 128 -&gt; \d+", page)
+    assert re.search(r"pruned 160 -&gt; \d+", page)
     assert not re.search(r"<script|(src|href)=\"http", page), "the page loads nothing"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fxcompress.emit.cpu_layers import Int8Conv
 from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
@@ -57,39 +57,39 @@ class _Binary(Kernel):
 
 
 class Int8Add(_Binary):
-    """Sum of two 8-bit values."""
+    """Sum of two 8-bit values.
+
+    Images of one shape take the kernel of a depthwise convolution, whose weights are all 1 and whose residual is the
+    second addend. (PyTorch's own `onednn.qadd` reads the upper half of the uint8 numbers as negative.)
+    """
+
+    def __init__(
+        self, left: Sequence[Any], right: Sequence[Any], output: Sequence[Any], relu: bool = False
+    ) -> None:
+        super().__init__(left, right, output, relu)
+        self._layer: Int8Conv | None = None  # derived at the first call
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Return the sum of two tensors that broadcast to one shape, on the output grid."""
-        if self._has_kernel(left, right):
-            return self._kernel(left, right)
+        if left.ndim == 4 and left.shape == right.shape and not without_kernels(left) and cpu_features().kernels:
+            if self._layer is None or self._layer.out_channels != left.shape[1]:
+                self._layer = self._depthwise(left.shape[1])
+            return self._layer(left, right)  # type: ignore[no-any-return]
         first, second = self._numbers(left, right)
         return self._store(first + second)
 
-    def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
-        full = (self.output.quant_min, self.output.quant_max) == (0, 255)
-        alike = left.shape == right.shape and left.stride() == right.stride() and self.left and self.right
-        return bool(full and alike) and not without_kernels(left) and cpu_features().kernels
-
-    def _kernel(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        assert self.left is not None and self.right is not None  # for the type checker, see _has_kernel
-        operator = torch.ops.onednn.qadd_relu if self.relu else torch.ops.onednn.qadd
-        shift = 0
-        if _adds_signed_numbers():
-            left, right, shift = left.bitwise_xor(128), right.bitwise_xor(128), 128
-        result: torch.Tensor = operator.tensor(
-            left, self.left.scale, self.left.zero_point - shift, right, self.right.scale, self.right.zero_point - shift,
-            self.output.scale, self.output.zero_point, torch.uint8,
+    def _depthwise(self, channels: int) -> Int8Conv:
+        config = self.config()
+        layer = Int8Conv(
+            channels, channels, [1, 1], [1, 1], [0, 0], [1, 1], channels, bias=False,
+            input=config["left"], output=config["output"], residual=config["right"],
+            activation=("clamp", 0.0, None) if self.relu else None,
         )  # fmt: skip
-        return result
+        layer.weight.fill_(1)
+        return layer
 
-
-@functools.cache
-def _adds_signed_numbers() -> bool:
-    """Whether the operator reads uint8 as signed numbers, as it does up to torch 2.14 at least."""
-    high, zero = torch.tensor([200], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)
-    found = torch.ops.onednn.qadd.tensor(high, 1.0, 0, zero, 1.0, 0, 1.0, 0, torch.uint8)
-    return int(found) != 200
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layer": None}
 
 
 class Int8Mul(_Binary):

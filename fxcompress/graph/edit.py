@@ -44,9 +44,8 @@ def snapshot(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in graph_module.graph.nodes:
         nodes[node] = graph.node_copy(node, lambda n: nodes[n])
     twin = fx.GraphModule(root, graph, type(graph_module).__name__)
-    for path, module in graph_module.named_modules():
-        if module.training != (found := twin.get_submodule(path)).training:
-            found.training = module.training
+    for path, module in twin.named_modules():
+        module.training = graph_module.get_submodule(path).training
     twin.meta = dict(graph_module.meta)
     return twin
 

@@ -16,6 +16,10 @@ from fxcompress.quant.spec import QuantSpec
 SMALLEST_SCALE = 1e-18
 
 
+#: A coarse scale may fall short of the range by this share: by one step of 128 at each end.
+SLACK = 1 / 128
+
+
 def affine_parameters(
     minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +73,7 @@ def coarse_scale(scale: torch.Tensor, significands: tuple[int, ...]) -> torch.Te
     base = min(significands)
     fraction, exponent = torch.frexp(scale.double())  # 0.5 <= fraction < 1
     steps = torch.tensor([*sorted(significands), 2 * base], dtype=torch.float64, device=scale.device) / (2 * base)
-    chosen = steps[torch.searchsorted(steps, fraction * (1 - 1e-6))]  # a rounding error is no reason to go up
+    chosen = steps[torch.searchsorted(steps, fraction * (1 - SLACK))]
     return torch.ldexp(chosen, exponent).float()
 
 

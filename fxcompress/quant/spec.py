@@ -16,10 +16,10 @@ REDUCED_WEIGHT_LIMIT = 64
 
 
 #: Significands of the scales of values: 1, 1.25 and 1.5 times a power of two. See `QuantSpec`.
-VALUE_SIGNIFICANDS = (4, 5, 6)
+VALUE_SIGNIFICANDS = (8, 9, 10, 11, 12)
 
 #: Significands of the scales of weights: 1, 1.25, 1.5 and 1.75 times a power of two.
-WEIGHT_SIGNIFICANDS = (4, 5, 6, 7)
+WEIGHT_SIGNIFICANDS = (8, 9, 10, 11, 12, 13, 14, 15)
 
 
 @dataclass(frozen=True)

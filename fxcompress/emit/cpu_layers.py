@@ -1,0 +1,433 @@
+"""8-bit convolution and linear layers, as modules of a lowered CPU graph.
+
+Each module keeps plain tensors (int8 weight, its scales, a float bias) and plain numbers (grids, strides, the
+activation), so that its `state_dict` is portable and `config()` describes the rest. What oneDNN's kernels want
+besides, weights packed for this machine above all, is derived at the first call and never stored, copied or pickled.
+
+Where there is no kernel (another machine, another device, a fake tensor that carries only a shape), the same module
+computes in float arithmetic: to real numbers, the layer, back to integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
+from fxcompress.errors import OptionError
+from fxcompress.quant.cpu import cpu_features
+from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
+
+Run = Callable[..., torch.Tensor]
+
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_LARGEST = torch.finfo(torch.float32).max
+
+#: Activations by name, as float functions of (tensor, *arguments). A clamp's limits may be None.
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "clamp": torch.clamp,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
+    "leaky_relu": F.leaky_relu,
+    "tanh": torch.tanh,
+}
+
+#: oneDNN's words for activations. A clamp from zero upwards is "relu", none at all is "none".
+_WORDS = {"clamp": "hardtanh", "hardswish": "hardswish", "silu": "swish", "gelu": "gelu", "leaky_relu": "leaky_relu",
+          "tanh": "tanh"}  # fmt: skip
+
+
+def activation_of(kind: str, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return an activation as (name, *arguments), or None if it is none of `ACTIVATIONS`.
+
+    Args:
+        kind: of the node, see `graph.ops`.
+        arguments: of the node, by name.
+    """
+    if kind == "relu":
+        return ("clamp", 0.0, None)
+    if kind == "relu6":
+        return ("clamp", 0.0, 6.0)
+    if kind in ("hardtanh", "clamp"):
+        limits = [arguments.get(name) for name in (("min_val", "max_val") if kind == "hardtanh" else ("min", "max"))]
+        if not all(limit is None or isinstance(limit, (int, float)) for limit in limits):
+            return None
+        return ("clamp", *(None if limit is None else float(limit) for limit in limits))
+    if kind == "gelu":
+        return ("gelu", str(arguments["approximate"]))
+    if kind == "leaky_relu":
+        return ("leaky_relu", float(arguments["negative_slope"]))
+    return (kind,) if kind in ("hardswish", "silu", "tanh") else None
+
+
+class Int8Layer(Kernel):
+    """What convolution and linear share: int8 weight, scales of output channels, float bias, residual, activation.
+
+    Args:
+        weight_shape: shape of the weight; output channels first.
+        bias: whether there is a bias.
+        input: grid of the input.
+        output: grid of the result; None: the result is float32.
+        activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
+        residual: grid of a second input, which is added before the activation; "float": it is float32; None: there is
+            no second input.
+        overwrite: whether the result may use the memory of the second input.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias: bool,
+        input: Sequence[Any],
+        output: Sequence[Any] | None,
+        activation: Sequence[Any] | None,
+        residual: Sequence[Any] | str | None,
+        overwrite: bool,
+    ) -> None:
+        super().__init__()
+        self.input = Grid.from_config(input)
+        self.output = None if output is None else Grid.from_config(output)
+        self.activation = None if activation is None else (str(activation[0]), *activation[1:])
+        if self.activation is not None and self.activation[0] not in ACTIVATIONS:
+            raise OptionError(f"{type(self).__name__} has no activation {self.activation[0]!r}")
+        self.residual = residual if residual is None or isinstance(residual, str) else Grid.from_config(residual)
+        self.overwrite = bool(overwrite)
+        self.register_buffer("weight", torch.zeros(tuple(weight_shape), dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(weight_shape[0]))
+        self.register_buffer("bias", torch.zeros(weight_shape[0]) if bias else None)
+        self._run: Run | None = None  # derived from all of the above at the first call
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer's result for uint8 numbers on the input grid, and for a second input if it takes one."""
+        run = self._run
+        if run is None or type(input) is not torch.Tensor:
+            run = self._prepare(input)
+        return run(input) if residual is None else run(input, residual)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that all layers share."""
+        residual = self.residual
+        return {
+            "bias": self.bias is not None,
+            "input": self.input.config(),
+            "output": None if self.output is None else self.output.config(),
+            "activation": None if self.activation is None else list(self.activation),
+            "residual": residual.config() if isinstance(residual, Grid) else residual,
+            "overwrite": self.overwrite,
+        }
+
+    # What is derived
+
+    def repack(self) -> None:
+        """Forget what was derived from the tensors. To be called after changing them in place."""
+        self._run = None
+
+    def _prepare(self, input: torch.Tensor) -> Run:
+        if without_kernels(input) or not self._has_kernel():
+            return self._in_floats
+        self._run = self._with_kernel(input)
+        return self._run
+
+    def _has_kernel(self) -> bool:
+        features = cpu_features()
+        if not features.kernels or self.weight.device.type != "cpu" or self.weight.numel() == 0:
+            return False
+        largest = max(-int(self.weight.min()), int(self.weight.max()))
+        return features.vnni or largest <= REDUCED_WEIGHT_LIMIT
+
+    def _with_kernel(self, input: torch.Tensor) -> Run:
+        word, arguments, algorithm = self._kernel_activation()
+        if self.residual is None and word in self._words():
+            return self._clamped(self._kernel(input, word, arguments, algorithm))
+        same_kind = isinstance(self.residual, Grid) == (self.output is not None)
+        if self.residual is not None and same_kind and word in self._summing_words():
+            return self._clamped(self._summing_kernel(input, word))
+        return self._finishing_outside(input)
+
+    def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        """Return a function of the input that calls the kernel."""
+        raise NotImplementedError
+
+    def _words(self) -> tuple[str, ...]:
+        """The activations that the kernel computes; found by trying each one."""
+        raise NotImplementedError
+
+    def _summing_words(self) -> tuple[str, ...]:
+        """The activations that the kernel computes behind the sum with a residual."""
+        raise NotImplementedError
+
+    def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
+        """Return a function of the input and the residual that calls the kernel."""
+        raise NotImplementedError
+
+    def _finishing_outside(self, input: torch.Tensor) -> Run:
+        """A kernel for the products alone, with a float result; everything behind them by PyTorch."""
+        plain = self.from_config({**self.config(), "output": None, "activation": None, "residual": None})
+        plain.weight, plain.weight_scale, plain.bias = self.weight, self.weight_scale, self.bias
+        multiply = plain._with_kernel(input)
+        return lambda x, residual=None: self._finish(multiply(x), residual)
+
+    def _clamped(self, run: Run) -> Run:
+        """Clip what the kernel stored to a range narrower than 0..255, unless its activation has done it."""
+        grid = self.output
+        if grid is None or (grid.quant_min, grid.quant_max) == (0, 255):
+            return run
+        low, high = grid.quant_min, grid.quant_max
+        return lambda *inputs: run(*inputs).clamp_(low, high)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        floats = {name: getattr(self, name) for name in ("weight_scale", "bias")}
+        super()._apply(fn, recurse)
+        for name, before in floats.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:  # .half() and .double() are for float layers
+                setattr(self, name, before.to(after.device))
+        self._run = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._run = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}
+
+    # The layer in float arithmetic
+
+    def _in_floats(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.weight.float() * self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
+        return self._finish(self._products(real(input, self.input), weight), residual)
+
+    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer on real numbers, bias included."""
+        raise NotImplementedError
+
+    def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if residual is not None:
+            result = result.add_(real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
+        if self.activation is not None:
+            result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
+        return result if self.output is None else integers(result, self.output)
+
+    # What kernels are given
+
+    def _kernel_activation(self) -> tuple[str, list[Any], str]:
+        """Return oneDNN's word for the activation, its arguments and its algorithm.
+
+        Storing a result in 8 bits clips it to what its grid holds. A clamp that does no more than that is left out.
+        """
+        if self.activation is None:
+            return "none", [], "none"
+        name, *arguments = self.activation
+        word = _WORDS[name]
+        if name == "gelu":
+            return word, [], arguments[0]
+        if name != "clamp":
+            return word, arguments, "none"
+        low, high = (limit if limit is not None else sign * math.inf for sign, limit in zip((-1, 1), arguments))
+        if self.output is not None:
+            half = self.output.scale / 2
+            low = -math.inf if low <= half - self.output.scale * self.output.zero_point else low
+            high = math.inf if high >= self.output.scale * (255 - self.output.zero_point) - half else high
+        if math.isinf(high) and (math.isinf(low) or low == 0):
+            return ("none" if math.isinf(low) else "relu"), [], "none"
+        return word, [max(low, -_LARGEST), min(high, _LARGEST)], "none"
+
+    def _result(self) -> tuple[float, int, torch.dtype]:
+        """Scale, zero point and dtype of the result."""
+        if self.output is None:
+            return 1.0, 0, torch.float32
+        return self.output.scale, self.output.zero_point, torch.uint8
+
+    def _accumulator(self) -> tuple[float, int]:
+        """Scale and zero point of the residual."""
+        return (self.residual.scale, self.residual.zero_point) if isinstance(self.residual, Grid) else (1.0, 0)
+
+    def _bias_with_zero_point(self) -> torch.Tensor | None:
+        """The bias of the same layer on integers without zero point: sum w (q - z) + b = sum w q + (b - z sum w)."""
+        if not self.input.zero_point:
+            return self.bias
+        sums = self.weight.flatten(1).sum(1, dtype=torch.int64)
+        shift = sums.double() * self.weight_scale.double() * (self.input.scale * self.input.zero_point)
+        return (-shift if self.bias is None else self.bias.double() - shift).float()
+
+
+class Int8Conv(Int8Layer):
+    """Convolution with one, two or three spatial dimensions.
+
+    Args:
+        in_channels, out_channels, groups: as in `torch.nn.Conv2d`.
+        kernel_size, stride, padding, dilation: one number for each spatial dimension.
+        bias, input, output, activation, residual, overwrite: see `Int8Layer`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        bias: bool,
+        input: Sequence[Any],
+        output: Sequence[Any] | None = None,
+        activation: Sequence[Any] | None = None,
+        residual: Sequence[Any] | str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        shape = (out_channels, in_channels // groups, *kernel_size)
+        super().__init__(shape, bias, input, output, activation, residual, overwrite)
+        self.in_channels, self.out_channels, self.groups = int(in_channels), int(out_channels), int(groups)
+        self.kernel_size, self.stride = list(kernel_size), list(stride)
+        self.padding, self.dilation = list(padding), list(dilation)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            **super().config(),
+        }
+
+    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        convolve = _CONVOLUTIONS[len(self.kernel_size)]
+        return convolve(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    # A kernel with one spatial dimension knows few activations and no sum, so that one is made two.
+
+    def _words(self) -> tuple[str, ...]:
+        return ("none",) if len(self.kernel_size) == 3 else ("none", "relu", "hardtanh", "hardswish", "swish")
+
+    def _summing_words(self) -> tuple[str, ...]:
+        return () if len(self.kernel_size) == 3 else ("none", "relu")
+
+    def _packed(self, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The kernel's arguments from the input's scale to the weight, and from the bias to the dtype of the result.
+
+        The input's zero point costs the kernel up to twice its time, so it is folded into the bias; `_entrance` does
+        the padding that it stands for.
+        """
+        weight, stride, padding, dilation = self.weight, self.stride, self.padding, self.dilation
+        if self.input.zero_point:
+            shape = [*shape[:2], *(size + 2 * more for size, more in zip(shape[2:], padding, strict=True))]
+            padding = [0] * len(stride)
+        if len(stride) == 1:
+            weight, shape = weight.unsqueeze(2), [*shape[:2], 1, shape[2]]
+            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+        geometry = (stride, padding, dilation, self.groups)
+        scale = self.input.scale
+        packed = torch.ops.onednn.qconv_prepack(weight, self.weight_scale, scale, 0, *geometry, list(shape))
+        zeros = torch.zeros(self.out_channels, dtype=torch.int32)
+        bias = self._bias_with_zero_point()
+        return (scale, 0, packed, self.weight_scale, zeros), (bias, *geometry, *self._result())
+
+    def _entrance(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What happens to the input before the kernel sees it: a padding with its zero point."""
+        zero_point = self.input.zero_point
+        if not zero_point or not any(self.padding):
+            return None
+        amounts = [amount for size in reversed(self.padding) for amount in (size, size)]
+        return lambda x: F.pad(x, amounts, value=zero_point)
+
+    def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        before, after = self._packed(input.shape)
+        rest = (*before, *after, word, arguments, "")
+        operators = torch.ops.onednn
+        call = (operators.qconv3d_pointwise if len(self.stride) == 3 else operators.qconv2d_pointwise).default
+        enter, flat = self._entrance(), len(self.stride) == 1
+        if flat:
+            return lambda x: call((enter(x) if enter else x).unsqueeze(2), *rest).squeeze(2)  # type: ignore[no-any-return]
+        if enter:
+            return lambda x: call(enter(x), *rest)  # type: ignore[no-any-return]
+        return lambda x: call(x, *rest)  # type: ignore[no-any-return]
+
+    def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
+        call = torch.ops.onednn.qconv2d_pointwise.binary
+        before, after = self._packed(input.shape)
+        rest = (*after, *self._accumulator(), "sum", 1.0, word, [], "")
+        take = torch.Tensor.contiguous if self.overwrite else torch.clone
+        enter, flat = self._entrance(), len(self.stride) == 1
+
+        def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            if enter is not None:
+                x = enter(x)
+            if flat:
+                x, residual = x.unsqueeze(2), residual.unsqueeze(2)
+            total = take(residual, memory_format=torch.channels_last)
+            result: torch.Tensor = call(x, *before, total, *rest)
+            return result.squeeze(2) if flat else result
+
+        return run
+
+
+class Int8Linear(Int8Layer):
+    """Linear layer on inputs of shape (..., in_features).
+
+    Args:
+        in_features, out_features: as in `torch.nn.Linear`.
+        bias, input, output, activation, residual, overwrite: see `Int8Layer`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        input: Sequence[Any],
+        output: Sequence[Any] | None = None,
+        activation: Sequence[Any] | None = None,
+        residual: Sequence[Any] | str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__((out_features, in_features), bias, input, output, activation, residual, overwrite)
+        self.in_features, self.out_features = int(in_features), int(out_features)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
+
+    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, weight, self.bias)
+
+    def _packed(self) -> tuple[Any, ...]:
+        weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        return self.input.scale, 0, weight, self.weight_scale, zeros
+
+    def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        call = torch.ops.onednn.qlinear_pointwise.default
+        rest = (*self._packed(), self._bias_with_zero_point(), *self._result(), word, arguments, algorithm)
+        return lambda x: call(x, *rest)  # type: ignore[no-any-return]
+
+    def _words(self) -> tuple[str, ...]:
+        return ("none", "relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh")
+
+    def _summing_words(self) -> tuple[str, ...]:
+        return ("none", "relu")
+
+    def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
+        call = torch.ops.onednn.qlinear_pointwise.binary
+        before, bias, overwrite = self._packed(), self._bias_with_zero_point(), self.overwrite
+        rest = (bias, *self._result(), *self._accumulator(), "sum", 1.0, word, [], "none")
+
+        def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            total = residual.contiguous() if overwrite else residual.clone(memory_format=torch.contiguous_format)
+            return call(x, *before, total, *rest)  # type: ignore[no-any-return]
+
+        return run
