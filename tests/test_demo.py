@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,15 @@ from fxcompress import demo
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """One short run of the demo, on one thread so that it does not fight with other tests."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """One short run of the demo."""
     out = tmp_path_factory.mktemp("demo")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     capture = pytest.MonkeyPatch()
     printed: list[str] = []
     capture.setattr(Console, "print", lambda self, *texts, **options: printed.extend(map(_text, texts)))
     figures = demo.run(out, epochs=2, finetune=2)
     capture.undo()
-    yield out, figures, "\n".join(printed)
-    torch.set_num_threads(threads)
+    return out, figures, "\n".join(printed)
 
 
 def _text(shown: object) -> str:

@@ -67,14 +67,15 @@ class Int8Add(_Binary):
         self, left: Sequence[Any], right: Sequence[Any], output: Sequence[Any], relu: bool = False
     ) -> None:
         super().__init__(left, right, output, relu)
-        self._layer: Int8Conv | None = None  # derived at the first call
+        # Derived at the first call. In a tuple, so that it is no child module: it is not part of the state.
+        self._layer: tuple[Int8Conv, ...] = ()
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Return the sum of two tensors that broadcast to one shape, on the output grid."""
         if left.ndim == 4 and left.shape == right.shape and not without_kernels(left) and cpu_features().kernels:
-            if self._layer is None or self._layer.out_channels != left.shape[1]:
-                self._layer = self._depthwise(left.shape[1])
-            return self._layer(left, right)  # type: ignore[no-any-return]
+            if not self._layer or self._layer[0].out_channels != left.shape[1]:
+                self._layer = (self._depthwise(left.shape[1]),)
+            return self._layer[0](left, right)  # type: ignore[no-any-return]
         first, second = self._numbers(left, right)
         return self._store(first + second)
 
@@ -89,7 +90,7 @@ class Int8Add(_Binary):
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layer": None}
+        return {**self.__dict__, "_layer": ()}
 
 
 class Int8Mul(_Binary):

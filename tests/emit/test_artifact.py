@@ -214,7 +214,7 @@ def test_a_loaded_float_model_trains_like_the_original(tmp_path: Path) -> None:
         for _ in range(5):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(data), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             found.append(loss.item())
         return found
