@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.testing import assert_equivalent
+from tests.models.test_torchvision import decibels
 from tests.strategies import randomise_statistics
 
 
@@ -83,6 +84,19 @@ def test_what_torch_prune_leaves_is_understood(
     compact = fxc.compile(model, [P.RemoveChannels(), P.Fuse()], x, verify=False)
     assert_equivalent(model.double(), compact.double(), x.double(), 1e-6)
     assert permanent or expected.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("build", "layer"), [(baby, "conv2"), (baby, "fc1"), (residual, "layer2.0.conv1")])
+def test_and_the_whole_pipeline_down_to_int8(
+    build: Callable[[], tuple[nn.Module, torch.Tensor]], layer: str, method: str
+) -> None:
+    model, x = build()
+    METHODS[method](model.get_submodule(layer))
+    passes = [P.RemoveChannels(), P.Fuse(), P.Quantize(calibration=torch.cat([x, x.flip(-1)]))]
+    compact = fxc.compile(model, passes, x)
+    assert any(type(module).__name__ == "Int8Conv" for module in compact.modules())
+    assert decibels(model(x), compact(x)) >= 20
 
 
 def test_pruned_filters_leave_the_network() -> None:

@@ -91,7 +91,13 @@ def test_a_broken_transfer_rule_is_found(monkeypatch: object) -> None:
     transfer.RULES["cat"] = broken
     try:
 
-        @settings(max_examples=300, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=300,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(programs())
         def search(model: Program) -> None:
             assume(_finite(model))
