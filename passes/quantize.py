@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxcompress.errors import UnsupportedError
+from fxcompress.graph.metadata import Stage
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_observed import ConvertObserved
 from fxcompress.passes.fuse_activation import FuseActivation
@@ -36,6 +37,7 @@ class Quantize(Pass):
     qconfig: Any = data_field()
 
     name: ClassVar[str] = "quantize"
+    produces: ClassVar[Stage | None] = Stage.LOWERED
     contract: ClassVar[Contract] = Contract.APPROXIMATE
 
     def __post_init__(self) -> None:

