@@ -1,8 +1,8 @@
 """fxcompress: a compiler that makes trained PyTorch models small and fast."""
 
 from fxcompress import errors
-from fxcompress.api import compile
 from fxcompress.analysis.budget import Budget, MACs, Parameters
+from fxcompress.api import compile
 from fxcompress.emit.artifact import load
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.graph.capture import trace

@@ -29,7 +29,7 @@ class Calibrate(Pass):
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`. One of:
-            a tensor of samples; a tuple of the model's positional inputs, or a dict of its keyword inputs, for one batch;
+            a tensor of samples; for one batch a tuple of the model's positional inputs or a dict of its keyword inputs;
             an iterable of batches, a DataLoader for example, where each batch is a tensor, a tuple of inputs, possibly
             with a target behind them, which is left out, or a dict of keyword inputs.
         batches: how many batches to take at most; None takes all.
@@ -96,8 +96,7 @@ def read_batches(data: object, example: ExampleInputs) -> Iterator[ExampleInputs
     for number, batch in enumerate(_batches(data, example), start=1):
         inputs = _inputs_of(batch, example, number)
         _check(inputs, example, number)
-        device = example.tensors()[0].device
-        yield inputs.map(lambda tensor: tensor.to(device))
+        yield inputs.map(lambda tensor: tensor.to(example.tensors()[0].device))
 
 
 def _batches(data: object, example: ExampleInputs) -> Iterable[object]:
@@ -133,15 +132,16 @@ def _inputs_of(batch: object, example: ExampleInputs, number: int) -> ExampleInp
         missing = [name for name in wanted if name not in batch]
         if missing or example.args:
             raise InputError(
-                f"calibration batch {number} has the keywords {', '.join(map(str, batch))}, but the model was traced with "
-                f"{_describe_call(example)}"
+                f"calibration batch {number} has the keywords {', '.join(map(str, batch))}, but the model was traced "
+                f"with {_describe_call(example)}"
             )
         return ExampleInputs((), {name: batch[name] for name in wanted})
     if not isinstance(batch, (tuple, list)):
         raise InputError(f"calibration batch {number} is a {type(batch).__name__}, not a tensor, tuple or dict")
     if example.kwargs or len(batch) < len(example.args):
         raise InputError(
-            f"calibration batch {number} has {len(batch)} inputs, but the model was traced with {_describe_call(example)}"
+            f"calibration batch {number} has {len(batch)} inputs, but the model was traced with "
+            f"{_describe_call(example)}"
         )
     return ExampleInputs(tuple(batch[: len(example.args)]))
 

@@ -14,7 +14,7 @@ from fxcompress.errors import InputError, PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
 from fxcompress.passes.insert_observers import is_observer
-from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
+from fxcompress.pipeline.base import Pass, PassContext, PassResult
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class ConvertObserved(Pass):
     2. An observer with a scale for each channel becomes `torch.fake_quantize_per_channel_affine`; its scales and zero
        points become buffers beside the weight: `conv1.weight_scale`, `conv1.weight_zero_point`.
     3. A bias is rounded to multiples of (scale of the input) x (scale of the weight), the steps in which products are
-       summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for. A bias
-       that belongs to several layers stays as it is.
+       summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for. A
+       bias that belongs to several layers stays as it is.
     4. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
@@ -60,7 +60,8 @@ def _proposal(observer: Any, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]
     try:
         scale, zero_point = observer.calculate_qparams()
     except InputError as error:
-        raise InputError(f"observer {node.target!r}: {error}; run Calibrate with data before ConvertObserved") from error
+        reason = f"observer {node.target!r}: {error}; run Calibrate with data before ConvertObserved"
+        raise InputError(reason) from error
     return scale.detach(), zero_point.detach()
 
 
@@ -117,7 +118,7 @@ def _step(graph_module: fx.GraphModule, layer: fx.Node) -> torch.Tensor | None:
 def _buffer(graph_module: fx.GraphModule, value: fx.Node, suffix: str, numbers: torch.Tensor) -> fx.Node:
     """Register numbers beside the tensor that they belong to, and read them."""
     if value.op != "get_attr":
-        raise PassError(f"{value.name!r} is computed, so it can have one scale only: observe it with one for the tensor")
+        raise PassError(f"{value.name!r} is computed and can have one scale only: observe it with one for the tensor")
     path = edit.unique_path(graph_module, f"{value.target}_{suffix}")
     owner, name = edit.owner(graph_module, path)
     owner.register_buffer(name, numbers)

@@ -20,7 +20,7 @@ from fxcompress.quant.observers import OBSERVERS, ExternalObserver, Observer
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
 from fxcompress.quant.spec import REDUCED_WEIGHT, WEIGHT
 
-_FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear}
+_FUNCTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Insertion:
                 set_info(bias, layer=anchor.path)
             if anchor.path not in self.weights:
                 self.weights[anchor.path] = self._observed_weight(anchor.path)
-        function = _FUNCTIONS[type(layer)]
+        function: ops.Function = _FUNCTIONS[type(layer)]
         bound: dict[str, Any] = {"input": node.args[0], "weight": self.weights[anchor.path], "bias": bias}
         if not isinstance(layer, nn.Linear):
             bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -158,8 +158,9 @@ class _Insertion:
     def _call(self, name: str, observer: nn.Module, value: fx.Node) -> fx.Node:
         path = f"{self.container}.{name}"
         if not hasattr(getattr(self.graph_module, self.container, None), name):
-            wrapped = FakeQuantize(observer) if self.qat and isinstance(observer, (Observer, ExternalObserver)) else observer
-            edit.add_module(self.graph_module, path, wrapped)
+            if self.qat and isinstance(observer, (Observer, ExternalObserver)):
+                observer = FakeQuantize(observer)
+            edit.add_module(self.graph_module, path, observer)
         return self.graph.call_module(path, (value,))
 
 
@@ -172,5 +173,3 @@ def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
 def is_observer(module: object) -> bool:
     """Whether a module is an observer or a fake-quantiser that `InsertObservers` put in."""
     return isinstance(module, (Observer, ExternalObserver, FakeQuantize))
-
-

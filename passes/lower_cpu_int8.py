@@ -105,9 +105,7 @@ class _Lowering:
         kind = ops.kind(node)
         if node in self.waiting:
             self.waiting[node]()
-        elif node in self.skipped:
-            return
-        elif kind in ("conv_function", "linear_function") and self._start_region(node):
+        elif node in self.skipped or (kind in ("conv_function", "linear_function") and self._start_region(node)):
             return
         elif kind == "fake_quantize":
             self._quantize(node)
@@ -123,7 +121,8 @@ class _Lowering:
     def _float(self, old: fx.Node) -> fx.Node:
         if old not in self.floats:
             held = self.integers[old]
-            self.floats[old] = self._call(f"{held.node.name}_dequantize", Dequantize(held.grid.config()), [held.node], old)
+            module = Dequantize(held.grid.config())
+            self.floats[old] = self._call(f"{held.node.name}_dequantize", module, [held.node], old)
         return self.floats[old]
 
     def _any(self, old: fx.Node) -> fx.Node:
@@ -273,9 +272,7 @@ class _Lowering:
             before, behind = _padding(given["padding"], shape[2:], dilation)
             groups = int(given["groups"])
             padding = before if before == behind else [0] * spatial
-            module = Int8Conv(
-                shape[1] * groups, shape[0], list(shape[2:]), stride, padding, dilation, groups, **shared
-            )
+            module = Int8Conv(shape[1] * groups, shape[0], list(shape[2:]), stride, padding, dilation, groups, **shared)
         module.weight.copy_(region.weight)
         module.weight_scale.copy_(region.weight_scale)
         if module.bias is not None and region.bias is not None:
@@ -468,7 +465,6 @@ class _Lowering:
         self.graph_module.graph = self.new
         self.graph_module.delete_all_unused_submodules()
 
-
     def _keep_holders(self) -> None:
         """Move kernels beside a layer whose weights are read by another call of it that stays float."""
         holders = {str(node.target).rpartition(".")[0] for node in self.new.nodes if node.op == "get_attr"}
@@ -497,8 +493,8 @@ _MOVERS: dict[str, Callable[[_Lowering, fx.Node], None]] = {
     **dict.fromkeys(
         ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind",
          "narrow", "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
-         "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity", "amax",
-         "interpolate"),
+         "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity",
+         "amax", "interpolate"),
         _Lowering._move,
     ),
     "dropout": _Lowering._alias,

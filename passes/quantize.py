@@ -45,9 +45,7 @@ class Quantize(Pass):
 
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes of this group, in order."""
-        observers = InsertObservers(
-            self.activation, self.weight, self.reduced_range, self.ignore, qconfig=self.qconfig
-        )
+        observers = InsertObservers(self.activation, self.weight, self.reduced_range, self.ignore, qconfig=self.qconfig)
         return (FuseActivation(), observers, Calibrate(self.calibration, self.batches), ConvertObserved(), Lower())
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:

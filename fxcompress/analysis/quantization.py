@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from fxcompress.graph.metadata import TensorInfo, info, tensors
 
 #: Kinds whose result holds numbers of its input, and no others.
 _MOVERS = frozenset(
-    {"flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind", "narrow",
-     "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "cat",
-     "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity", "dropout", "amax"}
+    {"flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind",
+     "narrow", "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
+     "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity", "dropout",
+     "amax"}
 )  # fmt: skip
 
 #: Kinds that compute, and that 8-bit kernels exist for besides the layers.
@@ -188,7 +190,7 @@ class _Planner:
         return all(node in self.regions or node in computable for node in starts)
 
     def _demanded(self, computable: set[fx.Node]) -> tuple[dict[fx.Node, str], set[fx.Node]]:
-        """Return the grids that 8-bit kernels read, with a layer that follows, and the computing nodes that take part."""
+        """Return the grids that 8-bit kernels read, each with a layer that follows, and the computing nodes."""
         demanded: dict[fx.Node, str] = {}
         chosen: set[fx.Node] = set()
         waiting = [(data_inputs(nodes[0])[0], str(nodes[0].target)) for nodes in self.regions.values()]
@@ -212,7 +214,7 @@ class _Planner:
         """What the epilogues of a region add to it."""
         return [
             operand
-            for before, node in zip(region, region[1:], strict=False)
+            for before, node in pairwise(region)
             if ops.kind(node) == "add"
             for operand in data_inputs(node)
             if operand is not before

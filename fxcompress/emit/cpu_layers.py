@@ -186,7 +186,7 @@ class Int8Layer(Kernel):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         floats = {name: getattr(self, name) for name in ("weight_scale", "bias")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in floats.items():
             after = getattr(self, name)
             if after is not None and after.dtype != torch.float32:  # .half() and .double() are for float layers
@@ -233,7 +233,9 @@ class Int8Layer(Kernel):
             return word, [], arguments[0]
         if name != "clamp":
             return word, arguments, "none"
-        low, high = (limit if limit is not None else sign * math.inf for sign, limit in zip((-1, 1), arguments))
+        low, high = (
+            limit if limit is not None else sign * math.inf for sign, limit in zip((-1, 1), arguments, strict=True)
+        )
         if self.output is not None:
             half = self.output.scale / 2
             low = -math.inf if low <= half - self.output.scale * self.output.zero_point else low
@@ -352,10 +354,10 @@ class Int8Conv(Int8Layer):
         call = (operators.qconv3d_pointwise if len(self.stride) == 3 else operators.qconv2d_pointwise).default
         enter, flat = self._entrance(), len(self.stride) == 1
         if flat:
-            return lambda x: call((enter(x) if enter else x).unsqueeze(2), *rest).squeeze(2)  # type: ignore[no-any-return]
+            return lambda x: call((enter(x) if enter else x).unsqueeze(2), *rest).squeeze(2)
         if enter:
-            return lambda x: call(enter(x), *rest)  # type: ignore[no-any-return]
-        return lambda x: call(x, *rest)  # type: ignore[no-any-return]
+            return lambda x: call(enter(x), *rest)
+        return lambda x: call(x, *rest)
 
     def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
         call = torch.ops.onednn.qconv2d_pointwise.binary
@@ -413,7 +415,7 @@ class Int8Linear(Int8Layer):
     def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
         call = torch.ops.onednn.qlinear_pointwise.default
         rest = (*self._packed(), self._bias_with_zero_point(), *self._result(), word, arguments, algorithm)
-        return lambda x: call(x, *rest)  # type: ignore[no-any-return]
+        return lambda x: call(x, *rest)
 
     def _words(self) -> tuple[str, ...]:
         return ("none", "relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh")
@@ -424,7 +426,7 @@ class Int8Linear(Int8Layer):
     def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
         call = torch.ops.onednn.qlinear_pointwise.binary
         before, bias, overwrite = self._packed(), self._bias_with_zero_point(), self.overwrite
-        rest = (bias, *self._result(), *self._accumulator(), "sum", 1.0, word, [], "none")
+        rest: tuple[Any, ...] = (bias, *self._result(), *self._accumulator(), "sum", 1.0, word, [], "none")
 
         def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
             total = residual.contiguous() if overwrite else residual.clone(memory_format=torch.contiguous_format)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
 
-_AVERAGES = {
+_AVERAGES: dict[str, dict[int, Callable[..., torch.Tensor]]] = {
     "avg_pool": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
     "adaptive_avg_pool": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
 }
@@ -64,7 +64,7 @@ class Int8Add(_Binary):
     """
 
     def __init__(
-        self, left: Sequence[Any], right: Sequence[Any], output: Sequence[Any], relu: bool = False
+        self, left: Sequence[Any] | None, right: Sequence[Any] | None, output: Sequence[Any], relu: bool = False
     ) -> None:
         super().__init__(left, right, output, relu)
         # Derived at the first call. In a tuple, so that it is no child module: it is not part of the state.
@@ -218,4 +218,5 @@ class Int8AvgPool(Kernel):
         values = real(input, self.input)
         if self.operation == "mean":
             return values.mean(**self.arguments)
-        return _AVERAGES[self.operation][self.dimensions](values, **self.arguments)
+        average: Callable[..., torch.Tensor] = _AVERAGES[self.operation][self.dimensions]
+        return average(values, **self.arguments)

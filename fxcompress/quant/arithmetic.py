@@ -1,7 +1,8 @@
 """From ranges to scales, and from real numbers to integers and back.
 
 Everything here rounds as PyTorch's `fake_quantize_*_affine` does: q = clamp(round_half_even(x / scale) + zero_point).
-Scheme: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018.
+Scheme: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+2018.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ def coarse_scale(scale: torch.Tensor, significands: tuple[int, ...]) -> torch.Te
     return torch.ldexp(chosen, exponent).float()
 
 
-def coarsened(
-    scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
+def coarsened(scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the numbers of a grid with the coarse scale and even zero point of `spec` that covers the same range."""
     wider = coarse_scale(scale, spec.significands)
     if spec.symmetric or not spec.significands:
@@ -103,9 +102,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spe
     return (steps + zero_point).clamp(spec.quant_min, spec.quant_max).to(spec.dtype)
 
 
-def dequantize(
-    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None = None
-) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None = None) -> torch.Tensor:
     """Return the float32 numbers that integers stand for."""
     scale, zero_point = (broadcast(p, q.ndim, axis) for p in (scale, zero_point))
     return (q.float() - zero_point) * scale

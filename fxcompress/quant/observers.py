@@ -199,7 +199,8 @@ class Histogram(Observer):
             return  # calculate_qparams tells
         self._widen(self._exponent(bound))
         steps = x.flatten() * math.ldexp(1.0, -int(self.exponent))
-        bins = steps.add_(self.BINS // 2).to(torch.int32)
+        # Adding before the floor would round numbers just below the edge of a bin up.
+        bins = steps.floor_().to(torch.int32).add_(self.BINS // 2)
         self.counts += torch.bincount(bins, minlength=self.BINS)
 
     def _exponent(self, bound: float) -> int:

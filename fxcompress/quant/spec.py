@@ -15,10 +15,10 @@ from fxcompress.errors import OptionError
 REDUCED_WEIGHT_LIMIT = 64
 
 
-#: Significands of the scales of values: 1, 1.25 and 1.5 times a power of two. See `QuantSpec`.
+#: Significands of the scales of values: eighths from 1 to 1.5, times a power of two. See `QuantSpec`.
 VALUE_SIGNIFICANDS = (8, 9, 10, 11, 12)
 
-#: Significands of the scales of weights: 1, 1.25, 1.5 and 1.75 times a power of two.
+#: Significands of the scales of weights: eighths from 1 to 1.875, times a power of two.
 WEIGHT_SIGNIFICANDS = (8, 9, 10, 11, 12, 13, 14, 15)
 
 
@@ -35,9 +35,8 @@ class QuantSpec:
     Why scales are so coarse by default: a float32 product of numbers on two such grids, and sums of thousands of them,
     need no more than 24 bits. A quantise-dequantise graph in float32 is then free of rounding errors, and a kernel that
     sums integers computes the same numbers bit for bit. With arbitrary scales the two round differently here and there,
-    and a deep network makes of one such difference a noise as loud as that of quantisation itself. Values leave out 1.75,
-    because multiplying by the float32 number next to 1/7 does not find the middle between two integers, and odd zero
-    points, because they turn "ties to even" around. Both ends of the bargain were measured: coarse scales cost about 1 dB.
+    and a deep network makes of one such difference a noise as loud as that of quantisation itself. Values leave out
+    odd zero points, because they turn "ties to even" around. Coarse scales cost about 1 dB.
     """
 
     dtype: torch.dtype = torch.uint8
