@@ -20,7 +20,12 @@ from fxcompress.quant.observers import OBSERVERS, ExternalObserver, Observer
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
 from fxcompress.quant.spec import REDUCED_WEIGHT, WEIGHT
 
-_FUNCTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear}
+_FUNCTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.Linear: F.linear,
+}
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from fxcompress.graph.metadata import TensorInfo, info, tensors
 _MOVERS = frozenset(
     {"flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind",
      "narrow", "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
-     "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity", "dropout",
-     "amax"}
+     "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity",
+     "dropout", "amax"}
 )  # fmt: skip
 
 #: Kinds that compute, and that 8-bit kernels exist for besides the layers.
