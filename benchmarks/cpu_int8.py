@@ -91,8 +91,8 @@ def main() -> None:
             timings = compare(workload, engines, options.rounds, options.seconds, progress)
         show(model, timings)
         results.append(result(workload, timings))
-    if options.json is not None:
-        write_json(options.json, results)
+        if options.json is not None:
+            write_json(options.json, results)  # after each model: what has been measured is not lost
 
 
 if __name__ == "__main__":

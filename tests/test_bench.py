@@ -20,6 +20,8 @@ MODEL_FILE = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.xdist_group("bench")  # the fixtures of this file are made once
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.randn(1, 1, 8, 8)

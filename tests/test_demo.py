@@ -15,6 +15,8 @@ from rich.table import Table
 import fxcompress as fxc
 from fxcompress import demo
 
+pytestmark = pytest.mark.xdist_group("demo")  # the fixtures of this file are made once
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:

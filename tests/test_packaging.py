@@ -84,6 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(command: list[str], cwd: Path, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
+    clean["OMP_NUM_THREADS"] = "1"  # other tests run beside this one
     done = subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -107,6 +108,8 @@ import torch
 from torch import nn
 import fxcompress as fxc
 from fxcompress import passes as P
+
+pytestmark = pytest.mark.xdist_group("packaging")  # the fixtures of this file are made once
 
 here = pathlib.Path(sys.prefix).resolve()
 assert here in pathlib.Path(fxc.__file__).resolve().parents, fxc.__file__

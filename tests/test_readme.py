@@ -19,6 +19,8 @@ from fxcompress import passes as P
 from fxcompress.cli import app
 from fxcompress.pipeline import registry
 
+pytestmark = pytest.mark.xdist_group("readme")  # the fixtures of this file are made once
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -21,6 +21,8 @@ from fxcompress.errors import ArtifactError
 from fxcompress.graph.metadata import Stage, graph_info
 from fxcompress.quant.cpu import VARIABLE
 
+pytestmark = pytest.mark.xdist_group("artifact_lowered")  # the fixtures of this file are made once
+
 
 class Net(nn.Module):
     """Convolutions with residual add and activation, pooling in 8 bits, a multiplication, and a linear layer."""
