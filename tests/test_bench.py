@@ -16,11 +16,11 @@ from fxcompress import bench
 from fxcompress.errors import OptionError
 from fxcompress.graph.inputs import ExampleInputs
 
+pytestmark = pytest.mark.xdist_group("bench")  # the fixtures of this file are made once
+
 MODEL_FILE = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.xdist_group("bench")  # the fixtures of this file are made once
 
 def net():
     torch.manual_seed(0)

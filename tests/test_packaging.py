@@ -18,6 +18,8 @@ import pytest
 
 import fxcompress
 
+pytestmark = pytest.mark.xdist_group("packaging")  # the fixtures of this file are made once
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -108,8 +110,6 @@ import torch
 from torch import nn
 import fxcompress as fxc
 from fxcompress import passes as P
-
-pytestmark = pytest.mark.xdist_group("packaging")  # the fixtures of this file are made once
 
 here = pathlib.Path(sys.prefix).resolve()
 assert here in pathlib.Path(fxc.__file__).resolve().parents, fxc.__file__
