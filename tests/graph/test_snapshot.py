@@ -18,12 +18,14 @@ def _traced() -> fx.GraphModule:
 
 
 def _node(graph_module: fx.GraphModule, target: str) -> fx.Node:
-    return next(node for node in graph_module.graph.nodes if str(node.target) == target)
+    (found,) = graph_module.graph.find_nodes(op="call_module", target=target)
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def _erase(graph_module: fx.GraphModule) -> None:
     node = _node(graph_module, "1")
-    node.replace_all_uses_with(node.args[0])
+    node.replace_all_uses_with(node.all_input_nodes[0])
     graph_module.graph.erase_node(node)
 
 
@@ -37,7 +39,9 @@ def _write_in_place(graph_module: fx.GraphModule) -> None:
 
 
 def _set_attribute(graph_module: fx.GraphModule) -> None:
-    graph_module.get_submodule("0").padding = (1, 1)
+    convolution = graph_module.get_submodule("0")
+    assert isinstance(convolution, nn.Conv2d)
+    convolution.padding = (1, 1)
 
 
 def _replace_module(graph_module: fx.GraphModule) -> None:
