@@ -75,7 +75,8 @@ class Int8Layer(Kernel):
         output: grid of the result; None: the result is float32.
         activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
         residual: grid of a second input, which is added before the activation; "float": it is float32; None: there is
-            no second input.
+            no second input. It may have any shape that broadcasts with the result's; one that is not the same takes an
+            add of its own.
         overwrite: whether the result may use the memory of the second input.
     """
 
@@ -150,7 +151,7 @@ class Int8Layer(Kernel):
             return self._clamped(self._kernel(input, word, arguments, algorithm))
         same_kind = isinstance(self.residual, Grid) == (self.output is not None)
         if self.residual is not None and same_kind and word in self._summing_words():
-            return self._clamped(self._summing_kernel(input, word))
+            return self._summing(self._clamped(self._summing_kernel(input, word)))
         return self._finishing_outside(input)
 
     def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
@@ -167,6 +168,27 @@ class Int8Layer(Kernel):
 
     def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
         """Return a function of the input and the residual that calls the kernel."""
+        raise NotImplementedError
+
+    def _summing(self, kernel: Run) -> Run:
+        """The summing kernel for a residual of the result's shape, which it takes for granted; an add for any other."""
+        apart: Run | None = None
+        fitting: tuple[torch.Size, torch.Size] | None = None  # the shapes of the last call
+
+        def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            nonlocal apart, fitting
+            shapes = (x.shape, residual.shape)
+            if shapes != fitting:
+                if residual.shape != self._result_shape(x.shape):
+                    apart = apart or self._finishing_outside(x)
+                    return apart(x, residual)
+                fitting = shapes
+            return kernel(x, residual)
+
+        return run
+
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        """The shape of the layer's own result, without a residual."""
         raise NotImplementedError
 
     def _finishing_outside(self, input: torch.Tensor) -> Run:
@@ -213,7 +235,7 @@ class Int8Layer(Kernel):
 
     def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         if residual is not None:
-            result = result.add_(real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
+            result = result + (real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
         if self.activation is not None:
             result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
         return result if self.output is None else integers(result, self.output)
@@ -311,6 +333,14 @@ class Int8Conv(Int8Layer):
         convolve = _CONVOLUTIONS[len(self.kernel_size)]
         return convolve(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        sizes = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(input[-len(self.stride) :], *geometry, strict=True)
+        ]
+        return (*input[: -len(self.stride) - 1], self.out_channels, *sizes)
+
     # A kernel with one spatial dimension knows few activations and no sum, so that one is made two.
 
     def _words(self) -> tuple[str, ...]:
@@ -406,6 +436,9 @@ class Int8Linear(Int8Layer):
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(input, weight, self.bias)
+
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        return (*input[:-1], self.out_features)
 
     def _packed(self) -> tuple[Any, ...]:
         weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
