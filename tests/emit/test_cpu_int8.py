@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxcompress.emit import onednn
 from fxcompress.emit.cpu_int8 import (
     MODULES,
     Dequantize,
@@ -51,6 +52,17 @@ ACTIVATIONS: dict[str, tuple[tuple[Any, ...] | None, Callable[[torch.Tensor], to
 }
 OUTPUTS = [None, Grid(0.0625, 0), Grid(0.046875, 120), Grid(6 / 255, 0)]
 OUTPUTS += [Grid(0.05, 30, 0, 127), Grid(0.05, 130, 10, 240)]
+
+
+@pytest.fixture(params=["primitives", "operators"], autouse=True, scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every promise holds for prepared primitives and for PyTorch's operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operators":
+            patch.setenv(onednn.VARIABLE, "off")
+        elif onednn.library() is None:
+            pytest.skip("no oneDNN library on this machine")
+        yield
 
 
 def integers(*shape: int) -> torch.Tensor:
