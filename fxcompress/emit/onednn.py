@@ -331,6 +331,7 @@ class ByShape:
         self.runs: dict[tuple[torch.Size, int], Run] = {}
 
     def __call__(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        """Run on inputs of any shape."""
         run = self.runs.get((x.shape, torch.get_num_threads()))
         return run(x, *more) if run is not None else self._add(x)(x, *more)
 
