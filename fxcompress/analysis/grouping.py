@@ -22,8 +22,8 @@ class Grouping:
     """Which atoms live and die together.
 
     group: atom -> group, shape (atoms,). count: number of groups.
-    parts: group -> the groups that all have to live for it to live, shape (groups, m), -1 where there are fewer; None if
-        no group has parts. A group without parts is its own part.
+    parts: group -> the groups that all have to live for it to live, shape (groups, m), -1 where there are fewer. A
+        group without parts is its own part; None if no group has parts.
     kind: group -> 0, or what it is a part of: 1 for a whole (a head), 2 for a position (within a head).
     tangled: groups whose parts contradict each other: they have to live.
     """
