@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
-import pathlib
-import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,12 +18,12 @@ from torch.nn.utils import parametrize, prune
 from fxcompress.errors import CaptureError, InputError
 from fxcompress.graph import modules as own
 from fxcompress.graph import ops
+from fxcompress.graph.degrade import keep_culprit, place_of_error, reason_of
 from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, set_info
 from fxcompress.graph.shapes import evaluation, propagate
-
-_TORCH = str(pathlib.Path(torch.__file__).parent)
-_HERE = str(pathlib.Path(__file__).parent.parent)
+from fxcompress.graph.specialise import notes as specialisation_notes
+from fxcompress.graph.tracer import Kept, Tracer, drop_questions
 
 
 def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
@@ -87,14 +82,11 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     _note_hooks(model, notes)
     if model.training:
         notes.append("captured in training mode: branches on self.training are fixed as they are in training")
-    signature, given, concrete = _fixed_inputs(model, inputs)
-    tracer = _Tracer()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracers warn about asserts on sizes, which shapes.propagate checks anew
-            graph = tracer.trace(model, concrete_args=concrete)
-    except Exception as error:
-        raise _explain(model, inputs, error) from error
+    signature, arguments, concrete = _fixed_inputs(model, inputs)
+    given = set(arguments)
+    tracer, graph = _trace_around(model, inputs, arguments, concrete)
+    notes += specialisation_notes(tracer.values, tracer.specialisations)
+    drop_questions(graph)
     _settle_fixed_inputs(graph, concrete, given, signature, notes)
     graph_module = fx.GraphModule(model, graph, class_name=name)
     for path, module in graph_module.named_modules():
@@ -105,39 +97,27 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     return graph_module
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that knows the augmented assignments."""
+def _trace_around(
+    model: nn.Module, inputs: ExampleInputs, arguments: dict[str, Any], concrete: dict[str, Any]
+) -> tuple[Tracer, fx.Graph]:
+    """Trace a model; what cannot be traced into is kept as one node, and the rest is traced anew.
 
-
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
-    def record(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _function in ops.INPLACE_OPERATORS:
-    if getattr(operator, _function.__name__, None) is _function:
-        setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracer that keeps the layers of the operator table whole and traces into everything else."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy that records `x += y` as the in-place operation it is; fx's own records `x + y`."""
-        return _Proxy(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is OrderedDict:  # fx would turn it into a plain dict
-            pairs = [(name, self.create_arg(value)) for name, value in a.items()]
-            return self.create_node("call_function", OrderedDict, (pairs,), {})
-        return super().create_arg(a)
+    Raises:
+        CaptureError: the model's own forward cannot be traced.
+        InputError: it fails on the example inputs.
+    """
+    kept = Kept()
+    while True:
+        tracer = Tracer(model, arguments, _is_leaf, kept)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
+                return tracer, tracer.run(concrete)
+        except Exception as error:
+            if not kept.modules and not kept.functions:
+                _require_forward(model, inputs)
+            if not keep_culprit(error, model, kept):
+                raise _untraceable(model, error) from error
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -200,21 +180,28 @@ def _note_hooks(model: nn.Module, notes: list[str]) -> None:
                 hooks.clear()
 
 
-def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, set[str], dict[str, Any]]:
-    """Return the signature of forward, the inputs given, and those that tracing fixes (no tensor, or not given)."""
+def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, dict[str, Any], dict[str, Any]]:
+    """Return the signature of forward, the inputs given, and those that tracing fixes (no tensor, or not given).
+
+    Inputs that forward takes as *args and **kwargs are there under the names that fx gives to their placeholders.
+    """
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise InputError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
     concrete: dict[str, Any] = {}
+    arguments = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            arguments["*" * (1 + (parameter.kind is parameter.VAR_KEYWORD)) + name] = bound.arguments.get(
+                name, {} if parameter.kind is parameter.VAR_KEYWORD else ()
+            )
             continue
         value = bound.arguments.get(name, parameter.default)
         if not ExampleInputs((value,)).tensors():
             concrete[name] = value
-    return signature, set(bound.arguments), concrete
+    return signature, arguments, concrete
 
 
 def _settle_fixed_inputs(
@@ -254,34 +241,21 @@ def _layer_of(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack and isinstance(next(reversed(stack.values())), tuple) else ""
 
 
-def _explain(model: nn.Module, inputs: ExampleInputs, error: Exception) -> CaptureError | InputError:
-    """Tell a forward that cannot be traced from one that fails on its own."""
+def _require_forward(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Tell a forward that cannot be traced from one that fails on its own: raise `InputError` for the latter."""
     try:
         with evaluation(model), torch.no_grad():
             inputs.call(model)
-    except Exception as own_error:
-        return InputError(
+    except Exception as error:
+        raise InputError(
             f"the forward of {type(model).__name__} raises on the example inputs ({inputs.describe()}) "
-            f"{_location(own_error.__traceback__)}: {type(own_error).__name__}: {own_error}"
-        )
+            f"at {place_of_error(error)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} cannot be traced {_location(error.__traceback__)}: {_first_line(error)}. "
+        f"{type(model).__name__} cannot be traced: {reason_of(error)}. "
         f"Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
-        f"move it out of the model, or register the function around it with torch.fx.wrap."
+        f"or move it into a submodule or a function of its own."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _location(trace: TracebackType | None) -> str:
-    """Return "at file:line (`code`)" of the innermost frame outside torch and this package."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(trace)
-        if not frame.filename.startswith((_TORCH, _HERE)) and not frame.filename.startswith("<")
-    ]
-    if not frames:
-        return "(no line of the model's own code is involved)"
-    return f"at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)"

@@ -61,6 +61,19 @@ Value = Any
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """Why a node is code that could not be traced, and what it did on the example inputs.
+
+    reason: for example "control flow at model.py:12 (`if x.sum() > 0:`)". inputs, value: its arguments (args, kwargs)
+    and its result on the example inputs, with shapes for tensors; None before they were recorded.
+    """
+
+    reason: str
+    inputs: Value = None
+    value: Value = None
+
+
+@dataclass(frozen=True)
 class NodeInfo:
     """What fxcompress knows about a node.
 
@@ -68,11 +81,13 @@ class NodeInfo:
     layer: the layer of the caller's model that the node came from, as a dotted path ("" where unknown).
     epilogue_of: name of the node whose kernel can compute this one as well (an activation or a residual add behind
         a convolution or linear), set by `FuseActivation`.
+    opaque: why the node is code that could not be traced; None for every other node.
     """
 
     value: Value = None
     layer: str = ""
     epilogue_of: str | None = None
+    opaque: Opaque | None = None
 
 
 @dataclass

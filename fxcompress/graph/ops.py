@@ -143,6 +143,7 @@ _op("addcmul", torch.addcmul, "input, tensor1, tensor2", methods="addcmul", elem
 # Sizes
 _op("getitem", operator.getitem, "input, index", view=True)
 _op("getattr", getattr, "input, name")
+_op("set_item", own.set_item, "input, index, value")
 for _name in ("min", "max", "int", "float"):
     if _name in ("int", "float"):
         _op(f"number_{_name}", getattr(builtins, _name), "input")
