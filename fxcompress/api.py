@@ -11,7 +11,7 @@ from fxcompress import report
 from fxcompress.analysis.cost import cost
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import InputError, OptionError
-from fxcompress.graph import compare
+from fxcompress.graph import compare, opaque
 from fxcompress.graph.capture import trace
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
@@ -66,5 +66,6 @@ def compile(
         context = PassContext(inputs, {"calibration": calibration, "train_data": train_data}, target, captured)
         result = manager.run(captured, inputs, context)
     notes = graph_info(result.graph_module).notes
-    summary = report.build(type(model).__name__, result.start, result.rows, cost(result.graph_module), notes)
+    after, untraced = cost(result.graph_module), opaque.reasons(result.graph_module)
+    summary = report.build(type(model).__name__, result.start, result.rows, after, notes, untraced)
     return CompactModule.of(result.graph_module.eval(), summary)

@@ -53,6 +53,10 @@ def _freeze(walk: Walk, node: fx.Node) -> Any:
     name = str(getattr(node.target, "__name__", node.target))
     for source in node.all_input_nodes:
         walk.freeze_all(walk.axes.get(source), f"read by {name} ({node.name}), which the channel rules do not know")
+    module = ops.submodule(node)
+    for tensor in module.parameters() if module is not None else ():
+        for dimension in range(tensor.ndim):
+            walk.parameter(tensor, dimension, None, f"a parameter that {name} uses too")
     return _fixed(info(node).value)
 
 

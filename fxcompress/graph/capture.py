@@ -9,6 +9,8 @@ import copy
 import inspect
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
 from fxcompress.graph import modules as own
-from fxcompress.graph import ops
+from fxcompress.graph import opaque, ops, regions
 from fxcompress.graph.degrade import keep_culprit, place_of_error, reason_of
 from fxcompress.graph.inputs import ExampleInputs, check_device
-from fxcompress.graph.metadata import GraphInfo, set_info
+from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
 from fxcompress.graph.specialise import notes as specialisation_notes
 from fxcompress.graph.tracer import Kept, Tracer, drop_questions
@@ -49,10 +51,65 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
     duplicate = _copy(model)
     if training is not None:
         duplicate.train(training)
-    graph_module = duplicate if isinstance(duplicate, fx.GraphModule) else _trace_module(duplicate, inputs)
-    _drop_unused_modules(graph_module)
-    propagate(graph_module, inputs)
+    if isinstance(duplicate, fx.GraphModule):
+        _drop_unused_modules(duplicate)
+        opaque.record(duplicate, inputs)
+        _propagate(duplicate, inputs)
+        return duplicate
+    return _capture(duplicate, inputs)
+
+
+def _capture(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    """Trace a copy of a model, and what can be traced inside the parts that stay Python."""
+    if _is_leaf(model):
+        model = nn.Sequential(OrderedDict(layer=model))
+    notes: list[str] = []
+    masks = _make_masks_permanent(model, notes)
+    _make_parametrizations_permanent(model, notes)
+    _replace_stochastic_depth(model)
+    _note_hooks(model, notes)
+    if model.training:
+        notes.append("captured in training mode: branches on self.training are fixed as they are in training")
+    try:
+        graph_module = _graph_of(model, inputs)
+    except CaptureError as error:
+        graph_module = regions.python_graph(model, inputs, str(error.__cause__ and reason_of(error.__cause__)))
+        masks = {f"{regions.ROOT}.{path}": mask for path, mask in masks.items()}
+        _find_regions(graph_module, inputs)
+        if not graph_info(graph_module).regions:
+            raise
+    known = graph_info(graph_module)
+    known.masks, known.notes = masks, notes + known.notes
+    first = next((value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    regions.settle(graph_module, max(int(first.shape[0]), 1) if first is not None and first.ndim else 1)
     return graph_module
+
+
+def _graph_of(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    """Return the graph of a module, its opaque parts looked into.
+
+    Raises:
+        CaptureError: the module's own forward cannot be traced.
+    """
+    graph_module = _trace_module(model, inputs)
+    _drop_unused_modules(graph_module)
+    _find_regions(graph_module, inputs)
+    _propagate(graph_module, inputs)
+    return graph_module
+
+
+def _find_regions(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    regions.capture(graph_module, inputs, _graph_of, _is_leaf)
+
+
+def _propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    try:
+        propagate(graph_module, inputs)
+    except InputError:
+        if not opaque.mark_data_dependent(graph_module, inputs):
+            raise
+        opaque.record(graph_module, inputs)
+        propagate(graph_module, inputs)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -72,26 +129,17 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
-    name = type(model).__name__
-    if _is_leaf(model):
-        model = nn.Sequential(OrderedDict(layer=model))
     notes: list[str] = []
-    masks = _make_masks_permanent(model, notes)
-    _make_parametrizations_permanent(model, notes)
-    _replace_stochastic_depth(model)
-    _note_hooks(model, notes)
-    if model.training:
-        notes.append("captured in training mode: branches on self.training are fixed as they are in training")
     signature, arguments, concrete = _fixed_inputs(model, inputs)
     given = set(arguments)
     tracer, graph = _trace_around(model, inputs, arguments, concrete)
     notes += specialisation_notes(tracer.values, tracer.specialisations)
     drop_questions(graph)
     _settle_fixed_inputs(graph, concrete, given, signature, notes)
-    graph_module = fx.GraphModule(model, graph, class_name=name)
+    graph_module = fx.GraphModule(model, graph, class_name=type(model).__name__)
     for path, module in graph_module.named_modules():
         module.training = model.get_submodule(path).training
-    graph_module.meta["fxcompress"] = GraphInfo(masks=masks, notes=notes)
+    graph_module.meta["fxcompress"] = GraphInfo(notes=notes)
     for node in graph.nodes:
         set_info(node, layer=_layer_of(node))
     return graph_module
@@ -110,7 +158,7 @@ def _trace_around(
     while True:
         tracer = Tracer(model, arguments, _is_leaf, kept)
         try:
-            with warnings.catch_warnings():
+            with _state_restored(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
                 return tracer, tracer.run(concrete)
         except Exception as error:
@@ -118,6 +166,22 @@ def _trace_around(
                 _require_forward(model, inputs)
             if not keep_culprit(error, model, kept):
                 raise _untraceable(model, error) from error
+
+
+@contextmanager
+def _state_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: a forward may keep values, which are proxies while it is traced."""
+    states = [(module, dict(vars(module))) for module in model.modules()]
+    traced = False
+    try:
+        yield
+        traced = True
+    finally:
+        for module, state in states:
+            for name in [name for name in vars(module) if name not in state]:
+                if not (traced and module is model and name.startswith("_tensor_constant")):  # fx's own
+                    delattr(module, name)
+            vars(module).update(state)
 
 
 def _is_leaf(module: nn.Module) -> bool:

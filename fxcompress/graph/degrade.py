@@ -21,11 +21,18 @@ def keep_culprit(error: Exception, root: nn.Module, kept: Kept) -> bool:
     """Add to `kept` the innermost function or submodule around the line that stopped the tracer.
 
     A function at the top level of a file is kept as a call of that function; otherwise the submodule whose method it
-    was. Returns False when that line is in the forward of the root itself, or in nothing that is not kept already.
+    was. A module that looks at its mode and was not given all of its inputs does something else in training, when it
+    gets them: such a module is kept around whatever fails in it. Returns False when that line is in the forward of the root itself, or in nothing that is not kept already.
     """
     paths = {id(module): path for path, module in root.named_modules()}
     reason = reason_of(error)
     frames = [frame for frame, _ in _frames(error.__traceback__)]
+    for frame in frames:
+        path = paths.get(id(_module_of(frame)))
+        if path is not None and _decides_by_mode(frame):
+            if path:
+                _keep_modules(root, path, kept, reason)
+            return bool(path)
     for frame in reversed(frames):
         path = paths.get(id(_module_of(frame)), "")
         if path:
@@ -72,6 +79,13 @@ def _module_of(frame: FrameType) -> nn.Module | None:
     names = frame.f_code.co_varnames
     first = frame.f_locals.get(names[0]) if frame.f_code.co_argcount else None
     return first if isinstance(first, nn.Module) else None
+
+
+def _decides_by_mode(frame: FrameType) -> bool:
+    """Whether a frame is a forward that reads `self.training` and has an input that was left out (None)."""
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return "training" in code.co_names and any(frame.f_locals.get(name, frame) is None for name in names)
 
 
 def _keep_modules(root: nn.Module, path: str, kept: Kept, reason: str) -> None:

@@ -143,6 +143,8 @@ class ExampleValues:
 
     def _as_fake(self, value: Any) -> Any:
         def convert(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Proxy):  # before anything that takes it for a tensor
+                raise DataDependentError("the model keeps a value of its forward for later")
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
                 return self.mode.from_tensor(leaf.detach())
             return leaf

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxcompress.errors import PassError
+from fxcompress.graph.inputs import ExampleInputs
 
 _KEY = "fxcompress"
 
@@ -97,12 +98,17 @@ class GraphInfo:
     masks: parameter path -> boolean tensor of the parameter's shape; False entries are held at zero.
     notes: remarks of the capture, shown in the report.
     canonical: whether `Canonicalize` has run.
+    regions: example inputs of the graph modules inside opaque modules of this graph, by path, see `graph.regions`.
+    layer: for such a graph module, its path in the caller's model. batch: the batch size of the whole model's example.
     """
 
     stage: Stage = Stage.FLOAT
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     canonical: bool = False
+    regions: dict[str, ExampleInputs] = field(default_factory=dict)
+    layer: str = ""
+    batch: int | None = None
 
 
 def info(node: fx.Node) -> NodeInfo:

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import fx
 
-from fxcompress.analysis.cost import Cost, cost
+from fxcompress.analysis.cost import Cost, cost, own_cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
 from fxcompress.graph import compare, edit, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
+from fxcompress.graph.regions import regions
 from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline import registry
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
+from fxcompress.pipeline.pieces import run_in_pieces
 from fxcompress.pipeline.presets import read_passes
 
 
@@ -97,12 +99,29 @@ class PassManager:
         if self.progress is not None:
             context.progress = self.progress
         current = copy.deepcopy(graph_module)
+        titles = [_title(index, passes) for index in range(len(passes))]
+        if regions(current):
+            result, rows = run_in_pieces(current, inputs, context, passes, titles, self.run_graph)
+        else:
+            result, rows = self.run_graph(current, inputs, context, passes, titles)
+        canonicalised = rows and passes[0].name == "canonicalize"
+        return PipelineResult(result, tuple(rows), rows[0].cost if canonicalised else cost(graph_module))
+
+    def run_graph(
+        self,
+        current: fx.GraphModule,
+        inputs: ExampleInputs,
+        context: PassContext,
+        passes: list[Pass],
+        titles: list[str],
+    ) -> tuple[fx.GraphModule, list[PassRow]]:
+        """Run passes on one graph, in place where they work in place, and return the graph and one row per pass."""
         propagate(current, inputs)
         rows: list[PassRow] = []
         outputs: Any = None  # of the graph as it stands, where they are known
         for index, item in enumerate(passes):
             context.progress(str(item), index, len(passes))
-            title = _title(index, passes)
+            title = titles[index]
             before = edit.snapshot(current) if self._checks(item) else None
             if before is not None and outputs is None:
                 outputs = compare.run(before, inputs)
@@ -124,7 +143,7 @@ class PassManager:
                     seconds,
                     result.modified,
                     result.edits,
-                    cost(current),
+                    own_cost(current),
                     result.notes,
                     result.metrics,
                     gap,
@@ -133,8 +152,7 @@ class PassManager:
             if self.dump is not None:
                 self.dump(item.name, current)
         context.progress("done", len(passes), len(passes))
-        canonicalised = rows and passes[0].name == "canonicalize"
-        return PipelineResult(current, tuple(rows), rows[0].cost if canonicalised else cost(graph_module))
+        return current, rows
 
     def _checks(self, item: Pass) -> bool:
         return self.verify and item.contract is Contract.EXACT
