@@ -32,6 +32,7 @@ def transfer(*keys: object) -> Callable[[Rule], Rule]:
 
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(keys, rule))
+        ops.WHOLE.update(key for key in keys if callable(key) and key not in ops.BY_FUNCTION)
         return rule
 
     return add
@@ -455,8 +456,10 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
 
 
 @transfer("cat")
-def _cat(walk: Walk, node: fx.Node) -> Axes:
+def _cat(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
+    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+        return _freeze(walk, node)
     tensors = [source for source in arguments["tensors"] if _shape(source) != (0,)]
     rank = len(_shape(node))
     along = int(arguments["dim"]) % rank
@@ -497,8 +500,10 @@ def _tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
 
 
 @transfer("stack")
-def _stack(walk: Walk, node: fx.Node) -> Axes:
+def _stack(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
+    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+        return _freeze(walk, node)
     tensors = list(arguments["tensors"])
     rank = len(_shape(node))
     along = int(arguments["dim"]) % rank

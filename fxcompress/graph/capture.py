@@ -73,7 +73,7 @@ def _capture(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     try:
         graph_module = _graph_of(model, inputs)
     except CaptureError as error:
-        graph_module = regions.python_graph(model, inputs, str(error.__cause__ and reason_of(error.__cause__)))
+        graph_module = regions.python_graph(model, inputs, reason_of(error.__cause__ or error))
         masks = {f"{regions.ROOT}.{path}": mask for path, mask in masks.items()}
         _find_regions(graph_module, inputs)
         if not graph_info(graph_module).regions:
@@ -185,7 +185,9 @@ def _state_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer of the table, with the forward that torch.nn gave it."""
+    """Whether a module is a layer of the table, with the forward that torch.nn gave it, or of a class kept whole."""
+    if type(module) in ops.WHOLE:
+        return True
     for base in type(module).__mro__:
         if base in ops.MODULE_KINDS or base in ops.STATELESS_MODULES or base in ops.PADDING_MODULES:
             return all(

@@ -22,7 +22,8 @@ def keep_culprit(error: Exception, root: nn.Module, kept: Kept) -> bool:
 
     A function at the top level of a file is kept as a call of that function; otherwise the submodule whose method it
     was. A module that looks at its mode and was not given all of its inputs does something else in training, when it
-    gets them: such a module is kept around whatever fails in it. Returns False when that line is in the forward of the root itself, or in nothing that is not kept already.
+    gets them: such a module is kept around whatever fails in it. Returns False when the line is in the forward of the
+    root itself, or in nothing that is not kept already.
     """
     paths = {id(module): path for path, module in root.named_modules()}
     reason = reason_of(error)
@@ -44,7 +45,7 @@ def keep_culprit(error: Exception, root: nn.Module, kept: Kept) -> bool:
     return False
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return why tracing stopped, with file and line."""
     place = place_of_error(error)
     where = f"at {place}" if place else "(no line of the model's own code is involved)"

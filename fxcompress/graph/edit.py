@@ -27,6 +27,8 @@ def snapshot(graph_module: fx.GraphModule) -> fx.GraphModule:
     copies: dict[int, nn.Module] = {}
 
     def duplicate(module: nn.Module) -> nn.Module:
+        if isinstance(module, fx.GraphModule):  # a region: passes edit it by itself, and a copy would own its graph
+            return module
         if id(module) not in copies:
             twin = copies[id(module)] = copy.copy(module) if type(module) is not nn.Module else nn.Module()
             twin.__dict__.update(

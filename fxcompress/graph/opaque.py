@@ -1,4 +1,4 @@
-"""Opaque nodes: code of the user's that could not be traced, kept as one call, and what it did on the example inputs."""
+"""Opaque nodes: code that could not be traced, kept as one call, and what it did on the example inputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def record(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
 
 
 def mark_data_dependent(graph_module: fx.GraphModule, inputs: ExampleInputs) -> bool:
-    """Mark the nodes whose shape depends on data (`x[mask]`, `torch.nonzero`, ...) as opaque. Returns whether any is."""
+    """Mark nodes whose shape depends on data (`x[mask]`, `torch.nonzero`, ...) as opaque. Returns whether any is."""
     arguments = {str(node.target): value for node, value in bind_placeholders(graph_module.graph, inputs).items()}
     values = ExampleValues(graph_module, arguments)
     found = False

@@ -341,6 +341,10 @@ PADDING_MODULES: dict[type[nn.Module], str] = {
         ("ReplicationPad", "replicate"), ("CircularPad", "circular"))},
 }  # fmt: skip
 
+#: Functions (registered with torch.fx.wrap) and module classes of the user's that capture keeps whole, because passes
+#: have been told about them, for example with a rule for channels (`analysis.transfer`).
+WHOLE: set[object] = set()
+
 #: Kinds that compute one tensor elementwise, whatever the spelling.
 ELEMENTWISE_KINDS = frozenset(
     {entry.kind for entry in OPS if entry.elementwise}

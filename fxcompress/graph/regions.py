@@ -2,8 +2,8 @@
 
 Where the forward of a model, or of a part of it, has to stay Python (a detector that sorts boxes and returns losses
 while it trains), the graph around it holds one opaque call of that module, and what can be traced inside it becomes
-a `torch.fx.GraphModule` in its place: a region. Each has example inputs of its own, recorded from one run of the model
-on its example inputs, so that passes run on a region as they run on a graph.
+a `torch.fx.GraphModule` in its place (`graph.shell`): a region. Each has example inputs of its own, recorded from one
+run of the model on its example inputs, so that passes run on a region as they run on a graph.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fxcompress.errors import FxCompressError
 from fxcompress.graph import compare, edit, opaque
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Opaque, graph_info, set_info
 from fxcompress.graph.shapes import describe_value
+from fxcompress.graph.shell import GRAPH, shell_of
 
 #: Where the graph of a model whose own forward stays Python holds that model.
 ROOT = "model"
@@ -78,11 +79,11 @@ def python_graph(model: nn.Module, inputs: ExampleInputs, reason: str) -> fx.Gra
 
 def _placeholders(
     graph: fx.Graph, signature: inspect.Signature, inputs: ExampleInputs
-) -> tuple[list[fx.Node], dict[str, fx.Node]]:
+) -> tuple[list[fx.Node], dict[str, Any]]:
     """Make the inputs of a model's forward, and return them as positional and keyword arguments."""
     given = signature.bind(*inputs.args, **inputs.kwargs).arguments
     args: list[fx.Node] = []
-    kwargs: dict[str, fx.Node] = {}
+    kwargs: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         optional = parameter.default is not parameter.empty
         plain = isinstance(parameter.default, (bool, int, float, str))
@@ -167,8 +168,8 @@ class _Search:
         return region
 
     def _install(self, child: nn.Module, region: fx.GraphModule, path: str) -> None:
-        graph_info(self.graph_module).regions[path] = self.calls[child][0]
-        replace(self.graph_module, child, region)
+        graph_info(self.graph_module).regions[f"{path}.{GRAPH}"] = self.calls[child][0]
+        replace(self.graph_module, child, shell_of(child, region))
 
 
 def settle(graph_module: fx.GraphModule, batch: int) -> None:
@@ -180,10 +181,11 @@ def settle(graph_module: fx.GraphModule, batch: int) -> None:
     own = graph_info(graph_module)
     for path in own.regions:
         inner = graph_info(edit.attribute(graph_module, path))
-        within = path.removeprefix(f"{ROOT}.") if _is_python(graph_module) else path
+        module = path.removesuffix(f".{GRAPH}")
+        within = module.removeprefix(f"{ROOT}.") if _is_python(graph_module) else module
         inner.layer, inner.batch = (f"{own.layer}.{within}" if own.layer else within), batch
-        for name in [name for name in own.masks if name.startswith(f"{path}.")]:
-            inner.masks[name.removeprefix(f"{path}.")] = own.masks.pop(name)
+        for name in [name for name in own.masks if name.startswith(f"{module}.")]:
+            inner.masks[name.removeprefix(f"{module}.")] = own.masks.pop(name)
         settle(edit.attribute(graph_module, path), batch)
         own.notes += [f"{within}: {note}" for note in inner.notes]
 

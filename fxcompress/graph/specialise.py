@@ -52,6 +52,12 @@ def is_own_code(file: str) -> bool:
     return not file.startswith((_TORCH, _HERE, "<"))
 
 
+def is_check(place: Place) -> bool:
+    """Whether a line only checks something: an assertion, or a condition for raising an error."""
+    code, below = (linecache.getline(place.file, place.line + step).strip() for step in (0, 1))
+    return code.startswith("assert ") or (code.startswith("if ") and below.startswith("raise "))
+
+
 def place_of(frame: FrameType | None) -> Place:
     """Return the line of the innermost frame in the model's own code, else of the innermost frame."""
     innermost = frame

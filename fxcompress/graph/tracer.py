@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import linecache
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.examples import DataDependentError, ExampleValues, Unknown
 from fxcompress.graph.metadata import Opaque, set_info
 from fxcompress.graph.proxy import FACTORIES, Proxy
-from fxcompress.graph.specialise import FIXED_PROPERTIES, Specialisation, place_of
+from fxcompress.graph.specialise import FIXED_PROPERTIES, Specialisation, is_check, place_of
 
 
 @dataclass
@@ -154,7 +153,7 @@ class Tracer(fx.Tracer):
         self._settle_probe(None)
         if probing:
             self._probe = (frame, frame.f_lasti, found)
-        elif not linecache.getline(found.place.file, found.place.line).strip().startswith("assert "):
+        elif not is_check(found.place):
             self.specialisations.append(found)
         return answer
 
@@ -215,6 +214,7 @@ class Tracer(fx.Tracer):
         registered = _symbolic_trace._wrapped_fns_to_patch
         before = dict(registered)
         registered.clear()
+        registered.update({key: names for key, names in before.items() if names.get(key[1]) in ops.WHOLE})
         registered.update({key: names for key, (names, _, _) in self.kept.functions.items()})
         try:
             yield

@@ -96,9 +96,7 @@ def _run_segment(
             root = after
         elif after is not piece.graph_module:
             replace(root, piece.graph_module, after)
-    return root, [
-        _merged({layer: rows[index] for layer, rows in done.items()}, costs) for index in range(len(segment))
-    ]
+    return root, [_merged({layer: rows[index] for layer, rows in done.items()}, costs) for index in range(len(segment))]
 
 
 def _is_empty(graph_module: fx.GraphModule) -> bool:
