@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +17,10 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
+from fxcompress.graph import batch, opaque, ops, regions
 from fxcompress.graph import modules as own
-from fxcompress.graph import opaque, ops, regions
-from fxcompress.graph.degrade import keep_culprit, place_of_error, reason_of
+from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
+from fxcompress.graph.examples import ExampleValues
 from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
@@ -31,9 +31,12 @@ from fxcompress.graph.tracer import Kept, Tracer, drop_questions
 def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
     """Trace a model into a graph, with shape, dtype and device of every value.
 
-    Layers of torch.nn stay whole (`call_module`); everything else is traced into. Masks that `torch.nn.utils.prune`
-    and parametrizations left on the model are made permanent in the copy; masks are remembered. A
-    `torch.fx.GraphModule` keeps its graph.
+    Layers of torch.nn stay whole (`call_module`); everything else is traced into. A graph is for inputs of the rank,
+    dtypes and device of the example; where the code looks at sizes, the example answers, and a note says so. What
+    cannot be traced is kept as one opaque node, or stays Python around the graphs inside it (`graph.regions`).
+    Transformer layers are captured without their fast path, which leaves out padded positions. Masks that
+    `torch.nn.utils.prune` and parametrizations left on the model are made permanent in the copy; masks are remembered.
+    A `torch.fx.GraphModule` keeps its graph.
 
     Args:
         model: any module; it is copied, never modified.
@@ -61,8 +64,7 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
 
 def _capture(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     """Trace a copy of a model, and what can be traced inside the parts that stay Python."""
-    if _is_leaf(model):
-        model = nn.Sequential(OrderedDict(layer=model))
+    is_layer = _is_leaf(model)
     notes: list[str] = []
     masks = _make_masks_permanent(model, notes)
     _make_parametrizations_permanent(model, notes)
@@ -71,17 +73,25 @@ def _capture(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     if model.training:
         notes.append("captured in training mode: branches on self.training are fixed as they are in training")
     try:
-        graph_module = _graph_of(model, inputs)
+        graph_module = _layer_alone(model, inputs) if is_layer else _graph_of(model, inputs)
     except CaptureError as error:
-        graph_module = regions.python_graph(model, inputs, reason_of(error.__cause__ or error))
+        graph_module = regions.calling(model, inputs, regions.ROOT, reason_of(error.__cause__ or error))
         masks = {f"{regions.ROOT}.{path}": mask for path, mask in masks.items()}
         _find_regions(graph_module, inputs)
         if not graph_info(graph_module).regions:
             raise
     known = graph_info(graph_module)
-    known.masks, known.notes = masks, notes + known.notes
+    known.masks = {f"layer.{path}": mask for path, mask in masks.items()} if is_layer else masks
+    known.notes = notes + known.notes
     first = next((value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, torch.Tensor)), None)
     regions.settle(graph_module, max(int(first.shape[0]), 1) if first is not None and first.ndim else 1)
+    return graph_module
+
+
+def _layer_alone(layer: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    _fixed_inputs(layer, inputs)  # for its check
+    graph_module = regions.calling(layer, inputs, "layer")
+    propagate(graph_module, inputs)
     return graph_module
 
 
@@ -132,8 +142,9 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     notes: list[str] = []
     signature, arguments, concrete = _fixed_inputs(model, inputs)
     given = set(arguments)
-    tracer, graph = _trace_around(model, inputs, arguments, concrete)
-    notes += specialisation_notes(tracer.values, tracer.specialisations)
+    kept = Kept()
+    tracer, graph = _trace_around(model, inputs, arguments, concrete, kept)
+    notes += _follow_batch(model, arguments, concrete, kept, tracer, graph)
     drop_questions(graph)
     _settle_fixed_inputs(graph, concrete, given, signature, notes)
     graph_module = fx.GraphModule(model, graph, class_name=type(model).__name__)
@@ -146,26 +157,53 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
 
 
 def _trace_around(
-    model: nn.Module, inputs: ExampleInputs, arguments: dict[str, Any], concrete: dict[str, Any]
+    model: nn.Module, inputs: ExampleInputs, arguments: dict[str, Any], concrete: dict[str, Any], kept: Kept
 ) -> tuple[Tracer, fx.Graph]:
-    """Trace a model; what cannot be traced into is kept as one node, and the rest is traced anew.
+    """Trace a model; what cannot be traced into is kept as one node (and in `kept`), and the rest is traced anew.
 
     Raises:
         CaptureError: the model's own forward cannot be traced.
         InputError: it fails on the example inputs.
     """
-    kept = Kept()
     while True:
         tracer = Tracer(model, arguments, _is_leaf, kept)
         try:
-            with _state_restored(model), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
-                return tracer, tracer.run(concrete)
+            return tracer, _run(tracer, model, concrete)
         except Exception as error:
             if not kept.modules and not kept.functions:
                 _require_forward(model, inputs)
             if not keep_culprit(error, model, kept):
                 raise _untraceable(model, error) from error
+
+
+def _run(tracer: Tracer, model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+    with _state_restored(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
+        return tracer.run(concrete)
+
+
+def _follow_batch(
+    model: nn.Module, arguments: dict[str, Any], concrete: dict[str, Any], kept: Kept, tracer: Tracer, graph: fx.Graph
+) -> list[str]:
+    """Let numbers that came from the batch of the example follow the batch. Returns what was specialised all the same.
+
+    Only where one of them is another one at another batch size is the model traced there.
+    """
+    items = tracer.specialisations
+    example = batch.Batch.of(arguments) if items else None
+    if example is None:
+        return specialisation_notes(tracer.values, items)
+    affected = batch.depending(items, ExampleValues(model, example.arguments))
+    lines = specialisation_notes(tracer.values, [item for item in items if item not in affected])
+    if not affected:
+        return lines
+    try:
+        other = _run(Tracer(model, example.arguments, _is_leaf, kept), model, concrete)
+        batch.follow(model, graph, other, example)
+    except Exception as error:
+        limit = f", so that the graph is for the batch size {example.size} only ({first_line(error)})"
+        lines += [f"{line}{limit}" for line in specialisation_notes(tracer.values, affected)]
+    return lines
 
 
 @contextmanager

@@ -65,35 +65,42 @@ def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def python_graph(model: nn.Module, inputs: ExampleInputs, reason: str) -> fx.GraphModule:
-    """Return a graph that does nothing but call a model, whose forward stays Python."""
+def calling(model: nn.Module, inputs: ExampleInputs, name: str, reason: str | None = None) -> fx.GraphModule:
+    """Return a graph that does nothing but call a model.
+
+    Args:
+        model: a layer, or a model whose forward stays Python.
+        inputs: its example inputs.
+        name: of the model within the graph module.
+        reason: why the forward stays Python, None for a layer. Python may be given inputs that the example leaves out.
+    """
     holder, graph = nn.Module(), fx.Graph()
-    holder.add_module(ROOT, model)
+    holder.add_module(name, model)
     holder.training = model.training
-    args, kwargs = _placeholders(graph, inspect.signature(model.forward), inputs)
-    call = graph.call_module(ROOT, tuple(args), kwargs)
-    set_info(call, opaque=Opaque(reason), layer=ROOT)
+    args, kwargs = _placeholders(graph, inspect.signature(model.forward), inputs, reason is not None)
+    call = graph.call_module(name, tuple(args), kwargs)
+    set_info(call, opaque=None if reason is None else Opaque(reason), layer=name)
     graph.output(call)
     return fx.GraphModule(holder, graph, type(model).__name__)
 
 
 def _placeholders(
-    graph: fx.Graph, signature: inspect.Signature, inputs: ExampleInputs
+    graph: fx.Graph, signature: inspect.Signature, inputs: ExampleInputs, optional_too: bool
 ) -> tuple[list[fx.Node], dict[str, Any]]:
     """Make the inputs of a model's forward, and return them as positional and keyword arguments."""
     given = signature.bind(*inputs.args, **inputs.kwargs).arguments
     args: list[fx.Node] = []
     kwargs: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
-        optional = parameter.default is not parameter.empty
+        required = parameter.default is parameter.empty
         plain = isinstance(parameter.default, (bool, int, float, str))
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += [graph.placeholder(f"{name}_{index}") for index in range(len(given.get(name, ())))]
         elif parameter.kind is parameter.VAR_KEYWORD:
             kwargs.update({word: graph.placeholder(word, default_value=None) for word in given.get(name, {})})
-        elif not optional and parameter.kind is not parameter.KEYWORD_ONLY:
+        elif required and parameter.kind is not parameter.KEYWORD_ONLY:
             args.append(graph.placeholder(name))
-        elif plain or parameter.default is None or name in given:
+        elif name in given or (optional_too and (plain or parameter.default is None)):
             kwargs[name] = graph.placeholder(name, default_value=parameter.default if plain else None)
     return args, kwargs
 

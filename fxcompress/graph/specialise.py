@@ -55,7 +55,7 @@ def is_own_code(file: str) -> bool:
 def is_check(place: Place) -> bool:
     """Whether a line only checks something: an assertion, or a condition for raising an error."""
     code, below = (linecache.getline(place.file, place.line + step).strip() for step in (0, 1))
-    return code.startswith("assert ") or (code.startswith("if ") and below.startswith("raise "))
+    return code.startswith("assert ") or (code.startswith(("if ", "elif ")) and below.startswith("raise "))
 
 
 def place_of(frame: FrameType | None) -> Place:

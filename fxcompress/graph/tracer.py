@@ -22,10 +22,11 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 
 from fxcompress.graph import ops
+from fxcompress.graph.compare import without_fast_path
 from fxcompress.graph.examples import DataDependentError, ExampleValues, Unknown
 from fxcompress.graph.metadata import Opaque, set_info
 from fxcompress.graph.proxy import FACTORIES, Proxy
-from fxcompress.graph.specialise import FIXED_PROPERTIES, Specialisation, is_check, place_of
+from fxcompress.graph.specialise import FIXED_PROPERTIES, Place, Specialisation, is_check, place_of
 
 
 @dataclass
@@ -71,14 +72,9 @@ class Tracer(fx.Tracer):
         Raises:
             Exception: whatever the model's code raises when it meets a proxy.
         """
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # TransformerEncoderLayer as the plain layers that it stands for
-        try:
-            with self._keeping_functions(), _recording_factories():
-                graph = self.trace(self.values.root, concrete_args=concrete)
-            self._settle_probe(None)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+        with without_fast_path(), self._keeping_functions(), _recording_factories():
+            graph = self.trace(self.values.root, concrete_args=concrete)
+        self._settle_probe(None)
         return graph
 
     # -- what fx asks -------------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ class Tracer(fx.Tracer):
         self._settle_probe(None)
         if probing:
             self._probe = (frame, frame.f_lasti, found)
-        elif not is_check(found.place):
+        elif not is_check(Place(frame.f_code.co_filename, frame.f_lineno)):
             self.specialisations.append(found)
         return answer
 
