@@ -11,7 +11,7 @@ from fxcompress import report
 from fxcompress.analysis.cost import cost
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import InputError, OptionError
-from fxcompress.graph import compare
+from fxcompress.graph import compare, opaque, regions
 from fxcompress.graph.capture import trace
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
@@ -66,5 +66,16 @@ def compile(
         context = PassContext(inputs, {"calibration": calibration, "train_data": train_data}, target, captured)
         result = manager.run(captured, inputs, context)
     notes = graph_info(result.graph_module).notes
-    summary = report.build(type(model).__name__, result.start, result.rows, cost(result.graph_module), notes)
+    after, untraced = cost(result.graph_module), _untraced(result.graph_module)
+    summary = report.build(type(model).__name__, result.start, result.rows, after, notes, untraced)
+    for region in regions.regions(result.graph_module):
+        regions.replace(result.graph_module, region.graph_module, CompactModule.of(region.graph_module))
     return CompactModule.of(result.graph_module.eval(), summary)
+
+
+def _untraced(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Layers and nodes of a model and its regions that could not be traced, with the reasons."""
+    found = opaque.reasons(graph_module)
+    for region in regions.regions(graph_module):
+        found.update({f"{region.layer}.{name}": why for name, why in opaque.reasons(region.graph_module).items()})
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,7 +110,14 @@ class Report:
         return write_page(self, pathlib.Path(path))
 
 
-def build(model: str, before: Cost, rows: Iterable[PassRow], after: Cost, notes: Iterable[str] = ()) -> Report:
+def build(
+    model: str,
+    before: Cost,
+    rows: Iterable[PassRow],
+    after: Cost,
+    notes: Iterable[str] = (),
+    opaque: Mapping[str, str] | None = None,
+) -> Report:
     """Make the report of a pipeline run.
 
     Args:
@@ -118,9 +125,11 @@ def build(model: str, before: Cost, rows: Iterable[PassRow], after: Cost, notes:
         before, after: costs of the canonical graph before the passes and of the final one.
         rows: one per pass.
         notes: remarks of the capture.
+        opaque: layers and nodes that could not be traced, with the reasons.
     """
     rows = list(rows)
-    said = _notes_by_layer(note for row in rows for note in row.notes)
+    untraced = [Note(layer, f"opaque: could not be traced ({why})") for layer, why in (opaque or {}).items()]
+    said = _notes_by_layer([*untraced, *(note for row in rows for note in row.notes)])
     names = [*before.layers, *(name for name in after.layers if name not in before.layers and name in said)]
     lines = [_layer_line(name, before.layers.get(name), after.layers.get(name), said.pop(name, ())) for name in names]
     lines += [_layer_line(name, None, None, texts) for name, texts in said.items()]

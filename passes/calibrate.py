@@ -41,6 +41,7 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
     contract: ClassVar[Contract] = Contract.EXACT
+    whole: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Record, and compare the statistics with those before."""

@@ -12,6 +12,7 @@ from fxcompress.analysis.quantization import Anchor, GridGroup, QuantizationPlan
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, set_info
+from fxcompress.graph.regions import regions
 from fxcompress.passes.mask_channels import matching_layers
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, data_field
 from fxcompress.quant.cpu import cpu_features
@@ -195,8 +196,12 @@ class _Insertion:
 
 
 def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Return the observers that a graph calls, by path."""
-    found = {str(node.target): ops.submodule(node) for node in graph_module.graph.nodes if node.op == "call_module"}
+    """Return the observers that a graph and its regions call, by path."""
+    graphs = {"": graph_module, **{f"{region.path}.": region.graph_module for region in regions(graph_module)}}
+    found = {
+        f"{prefix}{node.target}": ops.submodule(node)
+        for prefix, graph in graphs.items() for node in graph.graph.nodes if node.op == "call_module"
+    }  # fmt: skip
     return {path: module for path, module in found.items() if is_observer(module)}
 
 

@@ -91,18 +91,24 @@ def check_channel_options(item: object) -> None:
 
 
 def matching_layers(graph_module: fx.GraphModule, patterns: str | tuple[str, ...]) -> set[str]:
-    """Return the layers whose paths match one of the patterns.
+    """Return the layers whose paths in the caller's model match one of the patterns.
 
     Raises:
-        OptionError: a pattern matches no layer; the nearest one is suggested.
+        OptionError: a pattern matches no layer of a model without regions; the nearest one is suggested.
     """
+    known = graph_info(graph_module)
+    prefix = f"{known.layer}." if known.layer else ""
+    in_pieces = bool(known.layer or known.regions)  # the pattern may be meant for another piece of the model
     layers = {
         str(node.target) for node in graph_module.graph.nodes if ops.kind(node) in (*ops.ANCHOR_KINDS, "embedding")
     }
     found: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        hits = {path for path in layers if fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")}
-        if not hits:
+        hits = {
+            path for path in layers
+            if fnmatch.fnmatchcase(f"{prefix}{path}", pattern) or f"{prefix}{path}".startswith(f"{pattern}.")
+        }  # fmt: skip
+        if not hits and not in_pieces:
             raise OptionError(f"ignore={pattern!r} matches no layer{did_you_mean(pattern, layers)}")
         found |= hits
     return found

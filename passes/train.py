@@ -43,6 +43,7 @@ class Train(Pass):
     name: ClassVar[str] = "train"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT, Stage.OBSERVED})
     contract: ClassVar[Contract] = Contract.TRAINS
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 0:

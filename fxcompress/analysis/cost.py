@@ -8,13 +8,15 @@ Torch-Pruning).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from fxcompress.graph import ops
-from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.graph import edit, ops
+from fxcompress.graph.metadata import TensorInfo, graph_info, info
+from fxcompress.graph.regions import regions
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,34 @@ class Cost:
 
 
 def cost(graph_module: fx.GraphModule) -> Cost:
-    """Return the cost of a graph whose shapes are known. A tensor that is used twice counts once."""
-    batch = _batch(graph_module.graph)
+    """Return the cost of a graph whose shapes are known, and of the regions in it. A tensor used twice counts once."""
+    parts = {"": own_cost(graph_module)}
+    parts.update({region.layer: own_cost(region.graph_module) for region in regions(graph_module)})
+    return together(parts)
+
+
+def together(parts: Mapping[str, Cost]) -> Cost:
+    """Return the cost of a whole from those of its parts, with a path to put before their layers."""
+    layers = {
+        f"{path}.{name}" if path else name: layer for path, part in parts.items() for name, layer in part.layers.items()
+    }
+    return Cost(
+        sum(part.parameters for part in parts.values()),
+        sum(part.macs for part in parts.values()),
+        sum(part.bytes for part in parts.values()),
+        sum(part.nodes for part in parts.values()),
+        layers,
+    )
+
+
+def own_cost(graph_module: fx.GraphModule) -> Cost:
+    """Return the cost of one graph, without the regions in it."""
+    inside = [edit.attribute(graph_module, path) for path in graph_info(graph_module).regions]
+    elsewhere = {id(tensor) for module in inside for tensor in (*module.parameters(), *module.buffers())}
+    known = graph_info(graph_module).batch
+    batch = _batch(graph_module.graph) if known is None else known
     layers: dict[str, LayerCost] = {}
-    seen: set[int] = set()
+    seen = set(elsewhere)
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.graph import ops
-from fxcompress.graph.metadata import TensorInfo, info, tensors
+from fxcompress.graph.metadata import TensorInfo, info, is_tensor, tensors
 
 #: Kinds whose result holds numbers of its input, and no others.
 _MOVERS = frozenset(
@@ -304,6 +304,8 @@ def moves(node: fx.Node) -> bool:
         return str(given["mode"]).startswith("nearest")
     if kind == "pad":
         return given["mode"] == "constant" and not given["value"]
+    if kind == "getitem" and isinstance(node.args[0], fx.Node) and not is_tensor(node.args[0]):
+        return ops.kind(node.args[0]) in _MOVERS  # a piece of a split; not an entry of a list that is an input
     return kind in _MOVERS
 
 

@@ -32,6 +32,7 @@ def transfer(*keys: object) -> Callable[[Rule], Rule]:
 
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(keys, rule))
+        ops.WHOLE.update(key for key in keys if callable(key) and key not in ops.BY_FUNCTION)
         return rule
 
     return add
@@ -53,6 +54,10 @@ def freeze_node(walk: Walk, node: fx.Node) -> Any:
     name = str(getattr(node.target, "__name__", node.target))
     for source in node.all_input_nodes:
         walk.freeze_all(walk.axes.get(source), f"read by {name} ({node.name}), which the channel rules do not know")
+    module = ops.submodule(node)
+    for tensor in module.parameters() if module is not None else ():
+        for dimension in range(tensor.ndim):
+            walk.parameter(tensor, dimension, None, f"a parameter that {name} uses too")
     return fixed(info(node).value)
 
 
@@ -458,8 +463,10 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
 
 
 @transfer("cat")
-def _cat(walk: Walk, node: fx.Node) -> Axes:
+def _cat(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
+    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+        return freeze_node(walk, node)
     tensors = [source for source in arguments["tensors"] if shape_of(source) != (0,)]
     rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank
@@ -500,8 +507,10 @@ def tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
 
 
 @transfer("stack")
-def _stack(walk: Walk, node: fx.Node) -> Axes:
+def _stack(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
+    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+        return freeze_node(walk, node)
     tensors = list(arguments["tensors"])
     rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank

@@ -56,6 +56,7 @@ def save(
     modules: Mapping[str, type[nn.Module]] | None = None,
 ) -> int:
     """Write a graph module to one file and return its size in bytes. See `CompactModule.save`."""
+    _refuse_regions(module)
     vocabulary = Vocabulary.of(functions, modules)
     tensors: dict[str, torch.Tensor] = {}
     document = {
@@ -76,6 +77,17 @@ def save(
         raise ArtifactError(f"the graph is too large to be saved: {len(text):,} bytes, {_LONGEST:,} are the most")
     _rehearse(text, tensors, vocabulary)
     return _write(Path(path).resolve(), tensors, text)
+
+
+def _refuse_regions(module: fx.GraphModule) -> None:
+    inside = list(graph_info(module).regions)
+    if inside:
+        path = inside[0].split(".")[0]
+        name = type(module.get_submodule(path)).__name__
+        raise ArtifactError(
+            f"layer {path!r} is Python code of the class {name}, which could not be traced and runs the graphs inside "
+            f"it; a file cannot hold code. Keep the module with torch.save(module, path), where {name} can be imported"
+        )
 
 
 def _describe_modules(root: nn.Module, vocabulary: Vocabulary) -> dict[str, Json]:

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
-import pathlib
-import traceback
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,22 +17,26 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
+from fxcompress.graph import batch, opaque, ops, regions
 from fxcompress.graph import modules as own
-from fxcompress.graph import ops
+from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
+from fxcompress.graph.examples import ExampleValues
 from fxcompress.graph.inputs import ExampleInputs, check_device
-from fxcompress.graph.metadata import GraphInfo, set_info
+from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
-
-_TORCH = str(pathlib.Path(torch.__file__).parent)
-_HERE = str(pathlib.Path(__file__).parent.parent)
+from fxcompress.graph.specialise import notes as specialisation_notes
+from fxcompress.graph.tracer import Kept, Tracer, drop_questions
 
 
 def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
     """Trace a model into a graph, with shape, dtype and device of every value.
 
-    Layers of torch.nn stay whole (`call_module`); everything else is traced into. Masks that `torch.nn.utils.prune`
-    and parametrizations left on the model are made permanent in the copy; masks are remembered. A
-    `torch.fx.GraphModule` keeps its graph.
+    Layers of torch.nn stay whole (`call_module`); everything else is traced into. A graph is for inputs of the rank,
+    dtypes and device of the example; where the code looks at sizes, the example answers, and a note says so. What
+    cannot be traced is kept as one opaque node, or stays Python around the graphs inside it (`graph.regions`).
+    Transformer layers are captured without their fast path, which leaves out padded positions. Masks that
+    `torch.nn.utils.prune` and parametrizations left on the model are made permanent in the copy; masks are remembered.
+    A `torch.fx.GraphModule` keeps its graph.
 
     Args:
         model: any module; it is copied, never modified.
@@ -54,10 +54,72 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
     duplicate = _copy(model)
     if training is not None:
         duplicate.train(training)
-    graph_module = duplicate if isinstance(duplicate, fx.GraphModule) else _trace_module(duplicate, inputs)
-    _drop_unused_modules(graph_module)
+    if isinstance(duplicate, fx.GraphModule):
+        _drop_unused_modules(duplicate)
+        opaque.record(duplicate, inputs)
+        _propagate(duplicate, inputs)
+        return duplicate
+    return _capture(duplicate, inputs)
+
+
+def _capture(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    """Trace a copy of a model, and what can be traced inside the parts that stay Python."""
+    is_layer = _is_leaf(model)
+    notes: list[str] = []
+    masks = _make_masks_permanent(model, notes)
+    _make_parametrizations_permanent(model, notes)
+    _replace_stochastic_depth(model)
+    _note_hooks(model, notes)
+    if model.training:
+        notes.append("captured in training mode: branches on self.training are fixed as they are in training")
+    try:
+        graph_module = _layer_alone(model, inputs) if is_layer else _graph_of(model, inputs)
+    except CaptureError as error:
+        graph_module = regions.calling(model, inputs, regions.ROOT, reason_of(error.__cause__ or error))
+        masks = {f"{regions.ROOT}.{path}": mask for path, mask in masks.items()}
+        _find_regions(graph_module, inputs)
+        if not graph_info(graph_module).regions:
+            raise
+    known = graph_info(graph_module)
+    known.masks = {f"layer.{path}": mask for path, mask in masks.items()} if is_layer else masks
+    known.notes = notes + known.notes
+    first = next((value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    regions.settle(graph_module, max(int(first.shape[0]), 1) if first is not None and first.ndim else 1)
+    return graph_module
+
+
+def _layer_alone(layer: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    _fixed_inputs(layer, inputs)  # for its check
+    graph_module = regions.calling(layer, inputs, "layer")
     propagate(graph_module, inputs)
     return graph_module
+
+
+def _graph_of(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
+    """Return the graph of a module, its opaque parts looked into.
+
+    Raises:
+        CaptureError: the module's own forward cannot be traced.
+    """
+    graph_module = _trace_module(model, inputs)
+    _drop_unused_modules(graph_module)
+    _find_regions(graph_module, inputs)
+    _propagate(graph_module, inputs)
+    return graph_module
+
+
+def _find_regions(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    regions.capture(graph_module, inputs, _graph_of, _is_leaf)
+
+
+def _propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    try:
+        propagate(graph_module, inputs)
+    except InputError:
+        if not opaque.mark_data_dependent(graph_module, inputs):
+            raise
+        opaque.record(graph_module, inputs)
+        propagate(graph_module, inputs)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -77,71 +139,93 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
-    name = type(model).__name__
-    if _is_leaf(model):
-        model = nn.Sequential(OrderedDict(layer=model))
     notes: list[str] = []
-    masks = _make_masks_permanent(model, notes)
-    _make_parametrizations_permanent(model, notes)
-    _replace_stochastic_depth(model)
-    _note_hooks(model, notes)
-    if model.training:
-        notes.append("captured in training mode: branches on self.training are fixed as they are in training")
-    signature, given, concrete = _fixed_inputs(model, inputs)
-    tracer = _Tracer()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracers warn about asserts on sizes, which shapes.propagate checks anew
-            graph = tracer.trace(model, concrete_args=concrete)
-    except Exception as error:
-        raise _explain(model, inputs, error) from error
+    signature, arguments, concrete = _fixed_inputs(model, inputs)
+    given = set(arguments)
+    kept = Kept()
+    tracer, graph = _trace_around(model, inputs, arguments, concrete, kept)
+    notes += _follow_batch(model, arguments, concrete, kept, tracer, graph)
+    drop_questions(graph)
     _settle_fixed_inputs(graph, concrete, given, signature, notes)
-    graph_module = fx.GraphModule(model, graph, class_name=name)
+    graph_module = fx.GraphModule(model, graph, class_name=type(model).__name__)
     for path, module in graph_module.named_modules():
         module.training = model.get_submodule(path).training
-    graph_module.meta["fxcompress"] = GraphInfo(masks=masks, notes=notes)
+    graph_module.meta["fxcompress"] = GraphInfo(notes=notes)
     for node in graph.nodes:
         set_info(node, layer=_layer_of(node))
     return graph_module
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that knows the augmented assignments."""
+def _trace_around(
+    model: nn.Module, inputs: ExampleInputs, arguments: dict[str, Any], concrete: dict[str, Any], kept: Kept
+) -> tuple[Tracer, fx.Graph]:
+    """Trace a model; what cannot be traced into is kept as one node (and in `kept`), and the rest is traced anew.
+
+    Raises:
+        CaptureError: the model's own forward cannot be traced.
+        InputError: it fails on the example inputs.
+    """
+    while True:
+        tracer = Tracer(model, arguments, _is_leaf, kept)
+        try:
+            return tracer, _run(tracer, model, concrete)
+        except Exception as error:
+            if not kept.modules and not kept.functions:
+                _require_forward(model, inputs)
+            if not keep_culprit(error, model, kept):
+                raise _untraceable(model, error) from error
 
 
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
-    def record(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _function in ops.INPLACE_OPERATORS:
-    if getattr(operator, _function.__name__, None) is _function:
-        setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+def _run(tracer: Tracer, model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+    with _state_restored(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
+        return tracer.run(concrete)
 
 
-class _Tracer(fx.Tracer):
-    """Symbolic tracer that keeps the layers of the operator table whole and traces into everything else."""
+def _follow_batch(
+    model: nn.Module, arguments: dict[str, Any], concrete: dict[str, Any], kept: Kept, tracer: Tracer, graph: fx.Graph
+) -> list[str]:
+    """Let numbers that came from the batch of the example follow the batch. Returns what was specialised all the same.
 
-    proxy_buffer_attributes = True
+    Only where one of them is another one at another batch size is the model traced there.
+    """
+    items = tracer.specialisations
+    example = batch.Batch.of(arguments) if items else None
+    if example is None:
+        return specialisation_notes(tracer.values, items)
+    affected = batch.depending(items, ExampleValues(model, example.arguments))
+    lines = specialisation_notes(tracer.values, [item for item in items if item not in affected])
+    if not affected:
+        return lines
+    try:
+        other = _run(Tracer(model, example.arguments, _is_leaf, kept), model, concrete)
+        batch.follow(model, graph, other, example)
+    except Exception as error:
+        limit = f", so that the graph is for the batch size {example.size} only ({first_line(error)})"
+        lines += [f"{line}{limit}" for line in specialisation_notes(tracer.values, affected)]
+    return lines
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy that records `x += y` as the in-place operation it is; fx's own records `x + y`."""
-        return _Proxy(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is OrderedDict:  # fx would turn it into a plain dict
-            pairs = [(name, self.create_arg(value)) for name, value in a.items()]
-            return self.create_node("call_function", OrderedDict, (pairs,), {})
-        return super().create_arg(a)
+@contextmanager
+def _state_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: a forward may keep values, which are proxies while it is traced."""
+    states = [(module, dict(vars(module))) for module in model.modules()]
+    traced = False
+    try:
+        yield
+        traced = True
+    finally:
+        for module, state in states:
+            for name in [name for name in vars(module) if name not in state]:
+                if not (traced and module is model and name.startswith("_tensor_constant")):  # fx's own
+                    delattr(module, name)
+            vars(module).update(state)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer of the table, with the forward that torch.nn gave it."""
+    """Whether a module is a layer of the table, with the forward that torch.nn gave it, or of a class kept whole."""
+    if type(module) in ops.WHOLE:
+        return True
     for base in type(module).__mro__:
         if base in ops.MODULE_KINDS or base in ops.STATELESS_MODULES or base in ops.PADDING_MODULES:
             return all(
@@ -200,21 +284,28 @@ def _note_hooks(model: nn.Module, notes: list[str]) -> None:
                 hooks.clear()
 
 
-def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, set[str], dict[str, Any]]:
-    """Return the signature of forward, the inputs given, and those that tracing fixes (no tensor, or not given)."""
+def _fixed_inputs(model: nn.Module, inputs: ExampleInputs) -> tuple[inspect.Signature, dict[str, Any], dict[str, Any]]:
+    """Return the signature of forward, the inputs given, and those that tracing fixes (no tensor, or not given).
+
+    Inputs that forward takes as *args and **kwargs are there under the names that fx gives to their placeholders.
+    """
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise InputError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
     concrete: dict[str, Any] = {}
+    arguments = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            arguments["*" * (1 + (parameter.kind is parameter.VAR_KEYWORD)) + name] = bound.arguments.get(
+                name, {} if parameter.kind is parameter.VAR_KEYWORD else ()
+            )
             continue
         value = bound.arguments.get(name, parameter.default)
         if not ExampleInputs((value,)).tensors():
             concrete[name] = value
-    return signature, set(bound.arguments), concrete
+    return signature, arguments, concrete
 
 
 def _settle_fixed_inputs(
@@ -254,34 +345,21 @@ def _layer_of(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack and isinstance(next(reversed(stack.values())), tuple) else ""
 
 
-def _explain(model: nn.Module, inputs: ExampleInputs, error: Exception) -> CaptureError | InputError:
-    """Tell a forward that cannot be traced from one that fails on its own."""
+def _require_forward(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Tell a forward that cannot be traced from one that fails on its own: raise `InputError` for the latter."""
     try:
         with evaluation(model), torch.no_grad():
             inputs.call(model)
-    except Exception as own_error:
-        return InputError(
+    except Exception as error:
+        raise InputError(
             f"the forward of {type(model).__name__} raises on the example inputs ({inputs.describe()}) "
-            f"{_location(own_error.__traceback__)}: {type(own_error).__name__}: {own_error}"
-        )
+            f"at {place_of_error(error)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} cannot be traced {_location(error.__traceback__)}: {_first_line(error)}. "
+        f"{type(model).__name__} cannot be traced: {reason_of(error)}. "
         f"Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
-        f"move it out of the model, or register the function around it with torch.fx.wrap."
+        f"or move it into a submodule or a function of its own."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _location(trace: TracebackType | None) -> str:
-    """Return "at file:line (`code`)" of the innermost frame outside torch and this package."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(trace)
-        if not frame.filename.startswith((_TORCH, _HERE)) and not frame.filename.startswith("<")
-    ]
-    if not frames:
-        return "(no line of the model's own code is involved)"
-    return f"at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)"

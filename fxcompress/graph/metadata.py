@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxcompress.errors import PassError
+from fxcompress.graph.inputs import ExampleInputs
 
 _KEY = "fxcompress"
 
@@ -61,6 +62,19 @@ Value = Any
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """Why a node is code that could not be traced, and what it did on the example inputs.
+
+    reason: for example "control flow at model.py:12 (`if x.sum() > 0:`)". inputs, value: its arguments (args, kwargs)
+    and its result on the example inputs, with shapes for tensors; None before they were recorded.
+    """
+
+    reason: str
+    inputs: Value = None
+    value: Value = None
+
+
+@dataclass(frozen=True)
 class NodeInfo:
     """What fxcompress knows about a node.
 
@@ -68,11 +82,13 @@ class NodeInfo:
     layer: the layer of the caller's model that the node came from, as a dotted path ("" where unknown).
     epilogue_of: name of the node whose kernel can compute this one as well (an activation or a residual add behind
         a convolution or linear), set by `FuseActivation`.
+    opaque: why the node is code that could not be traced; None for every other node.
     """
 
     value: Value = None
     layer: str = ""
     epilogue_of: str | None = None
+    opaque: Opaque | None = None
 
 
 @dataclass
@@ -82,12 +98,17 @@ class GraphInfo:
     masks: parameter path -> boolean tensor of the parameter's shape; False entries are held at zero.
     notes: remarks of the capture, shown in the report.
     canonical: whether `Canonicalize` has run.
+    regions: example inputs of the graph modules inside opaque modules of this graph, by path, see `graph.regions`.
+    layer: for such a graph module, its path in the caller's model. batch: the batch size of the whole model's example.
     """
 
     stage: Stage = Stage.FLOAT
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     canonical: bool = False
+    regions: dict[str, ExampleInputs] = field(default_factory=dict)
+    layer: str = ""
+    batch: int | None = None
 
 
 def info(node: fx.Node) -> NodeInfo:

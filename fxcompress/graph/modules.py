@@ -1,14 +1,23 @@
-"""Small float modules that a graph may hold besides those of torch.nn.
+"""Small float modules and functions that a graph may hold besides those of torch.
 
-Each offers `config()` and `from_config()`, so that an artefact can rebuild it without running code from the file.
+Each module offers `config()` and `from_config()`, so that an artefact can rebuild it without running code from the
+file.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def set_item(input: Any, index: Any, value: Any) -> Any:
+    """Return a copy of a tensor, list or dict in which `input[index]` is `value`."""
+    result = input.clone() if isinstance(input, torch.Tensor) else copy.copy(input)
+    result[index] = value
+    return result
 
 
 class StochasticDepth(nn.Module):

@@ -143,6 +143,7 @@ _op("addcmul", torch.addcmul, "input, tensor1, tensor2", methods="addcmul", elem
 # Sizes
 _op("getitem", operator.getitem, "input, index", view=True)
 _op("getattr", getattr, "input, name")
+_op("set_item", own.set_item, "input, index, value")
 for _name in ("min", "max", "int", "float"):
     if _name in ("int", "float"):
         _op(f"number_{_name}", getattr(builtins, _name), "input")
@@ -342,6 +343,10 @@ PADDING_MODULES: dict[type[nn.Module], str] = {
         ("ZeroPad", "constant"), ("ConstantPad", "constant"), ("ReflectionPad", "reflect"),
         ("ReplicationPad", "replicate"), ("CircularPad", "circular"))},
 }  # fmt: skip
+
+#: Functions (registered with torch.fx.wrap) and module classes of the user's that capture keeps whole, because passes
+#: have been told about them, for example with a rule for channels (`analysis.transfer`).
+WHOLE: set[object] = set()
 
 #: Kinds that compute one tensor elementwise, whatever the spelling.
 ELEMENTWISE_KINDS = frozenset(

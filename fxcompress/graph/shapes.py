@@ -6,6 +6,7 @@ they were at the last call keeps its value, so that a pass costs only what it to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,7 @@ class _Propagation:
         for node in self.graph_module.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = tree_map(self._fake, placeholders[node])
-                set_info(node, value=_describe(self.values[node]))
+                set_info(node, value=describe_value(self.values[node]))
                 continue
             key = self._key(node)
             if key is not None and node.meta.get(_KEY) == key and info(node).value is not None:
@@ -74,14 +75,14 @@ class _Propagation:
                 self.values[node] = self._compute(node)
             except Exception as error:
                 raise InputError(self._explain(node, error)) from error
-            set_info(node, value=_describe(self.values[node]))
+            set_info(node, value=describe_value(self.values[node]))
             node.meta[_KEY] = key
             if key is not None:
                 self.known[key] = info(node).value
 
     def _key(self, node: fx.Node) -> str | None:
         """What the value of a node depends on. None: not known, compute it always."""
-        if node.op == "output":
+        if node.op == "output" or info(node).opaque is not None:
             return None
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Recorded(info(n).value))  # type: ignore[arg-type, return-value]
         module: object = None
@@ -92,16 +93,24 @@ class _Propagation:
 
     def _compute(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        if node.op == "get_attr":
+            return self._fake(_attribute(self.graph_module, str(node.target)))
+        if info(node).opaque is not None:
+            return self._opaque(node, args, kwargs)
         with self.mode:
-            if node.op == "output":
-                return args[0]
-            if node.op == "get_attr":
-                return self._fake(_attribute(self.graph_module, str(node.target)))
-            if node.op == "call_module":
-                return _attribute(self.graph_module, str(node.target))(*args, **kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return execute(self.graph_module, node, args, kwargs)
+
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a node that could not be traced produced on the same inputs; else what its code makes of fake tensors.
+
+        The code runs on a copy: it is the user's, and may keep what it was given.
+        """
+        opaque = info(node).opaque
+        if opaque is not None and opaque.inputs == describe_value((args, kwargs)):
+            return _materialise(opaque.value, self.mode)
+        target: Any = _attribute(self.graph_module, str(node.target)) if node.op == "call_module" else node.target
+        with self.mode:
+            return (copy.deepcopy(target) if isinstance(target, nn.Module) else target)(*args, **kwargs)
 
     def _value(self, node: fx.Node) -> Any:
         if node not in self.values:
@@ -123,6 +132,17 @@ class _Propagation:
             f"{', '.join(given) or 'no tensor'} and failed: {reason}. "
             f"Check the shapes and dtypes of the example inputs against the model's forward."
         )
+
+
+def execute(root: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a node computes from the values of its arguments."""
+    if node.op == "output":
+        return args[0]
+    if node.op == "call_module":
+        return _attribute(root, str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class _Recorded:
@@ -181,17 +201,18 @@ def bind_placeholders(graph: fx.Graph, inputs: ExampleInputs) -> dict[fx.Node, A
     return found
 
 
-def _describe(value: Any) -> Value:
+def describe_value(value: Any) -> Value:
+    """Return a value with every tensor in it replaced by its shape, dtype and device."""
     if isinstance(value, torch.Tensor):
         return TensorInfo(tuple(int(size) for size in value.shape), value.dtype, value.device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_describe(item) for item in value))
+        return type(value)(*(describe_value(item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_describe(item) for item in value) if type(value) in (tuple, list) else tuple(
-            _describe(item) for item in value
+        return type(value)(describe_value(item) for item in value) if type(value) in (tuple, list) else tuple(
+            describe_value(item) for item in value
         )  # fmt: skip
     if isinstance(value, dict):
-        return {name: _describe(item) for name, item in value.items()}
+        return {name: describe_value(item) for name, item in value.items()}
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class Snapshot:
         copies: dict[nn.Module, nn.Module] = {}
 
         def duplicate(module: nn.Module) -> nn.Module:
+            if isinstance(module, fx.GraphModule):  # a region: passes edit it by itself, and a copy would own its graph
+                return module
             if module not in copies:
                 twin = copies[module] = nn.Module() if type(module) is nn.Module else copy.copy(module)
                 twin.__dict__.update(self.modules[module]["attributes"])
@@ -80,12 +83,24 @@ def _nodes(graph_module: fx.GraphModule) -> list[tuple[fx.Node, str, str, Any, A
 def _modules(graph_module: fx.GraphModule) -> dict[nn.Module, dict[str, dict[str, Any]]]:
     """Return the attributes of every module (a graph module's own are its code: left out), and of its three tables."""
     found: dict[nn.Module, dict[str, dict[str, Any]]] = {}
-    for module in graph_module.modules():
+    for module in _own_modules(graph_module):
         attributes = vars(module)
         state = {name: dict(attributes[name]) for name in _TABLES}
         state["attributes"] = {} if module is graph_module else dict(attributes)
         found[module] = state
     return found
+
+
+def _own_modules(graph_module: fx.GraphModule) -> Iterator[nn.Module]:
+    """The modules of a graph, without those of regions inside it, which are graphs of their own."""
+    pending, seen = [graph_module], set[nn.Module]()
+    while pending:
+        module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield module
+        pending += [c for c in module._modules.values() if c is not None and not isinstance(c, fx.GraphModule)]
 
 
 def _versions(modules: dict[nn.Module, dict[str, dict[str, Any]]]) -> list[int]:

@@ -100,6 +100,8 @@ class Pass:
         requires: the stages it takes.
         produces: the stage it leaves, or None for the one it was given.
         contract: what it promises about the function that the graph computes.
+        whole: whether it runs the model on data, so that a model with regions (`graph.regions`) is one piece to it.
+            Every other pass is run on the graph and on each region by itself.
 
     A field whose metadata has `data=True` (see `data_field`) holds what cannot be written as text: tensors, loaders,
     functions.
@@ -109,6 +111,7 @@ class Pass:
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
     produces: ClassVar[Stage | None] = None
     contract: ClassVar[Contract] = Contract.APPROXIMATE
+    whole: ClassVar[bool] = False
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Transform the graph. The graph may be edited in place: the manager owns it."""

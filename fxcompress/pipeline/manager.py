@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import fx
 
-from fxcompress.analysis.cost import Cost, cost
+from fxcompress.analysis.cost import Cost, cost, own_cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
 from fxcompress.graph import compare, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
+from fxcompress.graph.regions import regions
 from fxcompress.graph.shapes import propagate
 from fxcompress.graph.snapshot import Snapshot
 from fxcompress.pipeline import registry
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
+from fxcompress.pipeline.pieces import run_in_pieces
 from fxcompress.pipeline.presets import read_passes
 
 
@@ -98,14 +100,31 @@ class PassManager:
         if self.progress is not None:
             context.progress = self.progress
         current = copy.deepcopy(graph_module)
+        titles = [_title(index, passes) for index in range(len(passes))]
+        if regions(current):
+            result, rows = run_in_pieces(current, inputs, context, passes, titles, self.run_graph)
+        else:
+            result, rows = self.run_graph(current, inputs, context, passes, titles)
+        canonicalised = rows and passes[0].name == "canonicalize"
+        return PipelineResult(result, tuple(rows), rows[0].cost if canonicalised else cost(graph_module))
+
+    def run_graph(
+        self,
+        current: fx.GraphModule,
+        inputs: ExampleInputs,
+        context: PassContext,
+        passes: list[Pass],
+        titles: list[str],
+    ) -> tuple[fx.GraphModule, list[PassRow]]:
+        """Run passes on one graph, in place where they work in place, and return the graph and one row per pass."""
         propagate(current, inputs)
-        spent = cost(current)
+        spent = own_cost(current)
         rows: list[PassRow] = []
         before: Snapshot | None = None  # of the graph as it stands, and its outputs, where they are known
         outputs: Any = None
         for index, item in enumerate(passes):
             context.progress(str(item), index, len(passes))
-            title = _title(index, passes)
+            title = titles[index]
             checked = self.verify and item.contract is Contract.EXACT
             if checked and outputs is None:
                 outputs = compare.run(current, inputs)
@@ -121,7 +140,7 @@ class PassManager:
             gap: float | None = None
             if changed:
                 _refresh(current, inputs, title)
-                spent = cost(current)
+                spent = own_cost(current)
                 expected, outputs = outputs, None
                 if checked:
                     outputs = compare.require_equal(before, current, inputs, expected, title)
@@ -143,8 +162,7 @@ class PassManager:
             if self.dump is not None:
                 self.dump(item.name, current)
         context.progress("done", len(passes), len(passes))
-        canonicalised = rows and passes[0].name == "canonicalize"
-        return PipelineResult(current, tuple(rows), rows[0].cost if canonicalised else cost(graph_module))
+        return current, rows
 
     def _with_canonicalize(self, graph_module: fx.GraphModule) -> list[Pass]:
         if graph_info(graph_module).canonical or any(item.name == "canonicalize" for item in self.passes):

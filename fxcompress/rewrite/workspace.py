@@ -67,7 +67,8 @@ class Workspace:
         found: dict[int, dict[fx.Node, None]] = defaultdict(dict)
         for node in self.graph.nodes:
             if node.op == "call_module":
-                found[id(self.module(node))][node] = None
+                for module in self.module(node).modules():  # a module that is not traced calls those inside it
+                    found[id(module)][node] = None
         return found
 
     @cached_property

@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxcompress.errors import InputError, OptionError, did_you_mean
 from fxcompress.graph import edit
 from fxcompress.graph.metadata import graph_info
+from fxcompress.graph.regions import regions
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -115,8 +116,9 @@ def _call(module: fx.GraphModule, source: Any) -> Any:
 def hold_masks(module: fx.GraphModule) -> None:
     """Set masked weights back to zero, whatever momentum or weight decay did to them."""
     with torch.no_grad():
-        for path, mask in graph_info(module).masks.items():
-            edit.attribute(module, path).mul_(mask)
+        for graph in (module, *(region.graph_module for region in regions(module))):
+            for path, mask in graph_info(graph).masks.items():
+                edit.attribute(graph, path).mul_(mask)
 
 
 @contextmanager

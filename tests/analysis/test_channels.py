@@ -103,17 +103,24 @@ def test_a_million_channels_are_walked_without_touching_them_one_by_one() -> Non
 
 
 def double_first(x: torch.Tensor) -> torch.Tensor:
-    """A user's operator, which the tracer cannot look into."""
+    """A user's operator."""
     return torch.cat([x[:, :1] * 2, x[:, 1:]], dim=1) if x.shape[1] > 1 else x * 2
 
 
 fx.wrap("double_first")
 
 
+def by_sign(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.sum() > 0 else x
+
+
+def test_a_function_that_cannot_be_traced_keeps_its_channels() -> None:
+    analysis, found = groups(Net(lambda net, x: by_sign(net.a(x))))
+    assert "read by by_sign (by_sign), which the channel rules do not know" in analysis.frozen[found["a.weight"][0]]
+
+
 def test_a_users_operator_can_be_given_a_rule() -> None:
     model = Net(lambda net, x: double_first(net.a(x)))
-    analysis, found = groups(model)
-    assert "the channel rules do not know" in analysis.frozen[found["a.weight"][0]]
 
     @transfer(double_first)
     def rule(walk: Walk, node: fx.Node) -> object:
@@ -130,6 +137,7 @@ def test_a_users_operator_can_be_given_a_rule() -> None:
         pruned = fxc.compile(model, [P.PruneChannels(0.5)], X)
         assert pruned.get_parameter("a.weight").shape[0] < 4
         assert_equivalent(masked, pruned, X)
+        assert double_first in {node.target for node in pruned.graph.nodes}
     finally:
         del RULES[double_first]
 

@@ -1,0 +1,96 @@
+"""Transformers, recurrent networks and layers alone: which layers stay whole, and that the graphs compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxcompress as fxc
+from fxcompress import passes as P
+from fxcompress.graph.compare import difference, run, without_fast_path
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import info
+
+
+class Text(nn.Module):
+    """An encoder over token numbers, with padding or with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, activation="gelu")
+        self.embedding, self.encoder = nn.Embedding(50, 16), nn.TransformerEncoder(layer, 2)
+        self.position = nn.Parameter(torch.randn(1, 32, 16))
+
+    def forward(self, tokens: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        count = tokens.shape[1]
+        x = self.embedding(tokens) + self.position[:, :count]
+        if padding is not None:
+            return self.encoder(x, src_key_padding_mask=padding)  # type: ignore[no-any-return]
+        mask = nn.Transformer.generate_square_subsequent_mask(count)
+        return self.encoder(x, mask=mask, is_causal=True)  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, 2, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(32, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, (_, cell) = self.lstm(x)
+        y, _ = self.gru(y)
+        return self.head(y[:, -1]), cell
+
+
+def sequence(length: int = 5, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(length))
+
+
+TOKENS = torch.arange(14).reshape(2, 7)
+PADDING = torch.tensor([[False] * 7, [False] * 5 + [True] * 2])
+MODELS: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (sequence(),)),
+    "decoder layer": (lambda: nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), (sequence(), sequence(6))),
+    "transformer": (lambda: nn.Transformer(16, 4, 1, 1, 32, batch_first=True), (sequence(), sequence(6))),
+    "padded text": (Text, (TOKENS, PADDING)),
+    "causal text": (Text, (TOKENS,)),
+    "recurrent": (Recurrent, (torch.randn(2, 5, 8),)),
+    "attention alone": (lambda: nn.MultiheadAttention(16, 4, batch_first=True), (sequence(), sequence(), sequence())),
+    "lstm alone": (lambda: nn.LSTM(16, 8, batch_first=True), (sequence(),)),
+}
+
+
+def layers(graph_module: fx.GraphModule) -> set[str]:
+    return {
+        type(graph_module.get_submodule(str(node.target))).__name__
+        for node in graph_module.graph.nodes if node.op == "call_module"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_traced_and_fused_at_any_batch_size(name: str) -> None:
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    compact = fxc.compile(model, [P.Fuse()], example_inputs=inputs)
+    assert not [node for node in compact.graph.nodes if info(node).opaque]
+    other = ExampleInputs(tuple(torch.cat([tensor, tensor[:1]]) for tensor in inputs))
+    with without_fast_path():
+        assert difference(run(model, other), run(compact, other)).relative < 1e-5
+
+
+def test_layers_that_stay_whole() -> None:
+    assert layers(fxc.trace(Text().eval(), (TOKENS,))) == {
+        "Embedding", "MultiheadAttention", "Linear", "LayerNorm", "Dropout",
+    }  # fmt: skip
+    assert layers(fxc.trace(Recurrent().eval(), torch.randn(2, 5, 8))) == {"LSTM", "GRU", "Linear"}
+
+
+def test_causal_text_of_another_length() -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    traced, longer = fxc.trace(model, (TOKENS,)), ExampleInputs((torch.arange(22).reshape(2, 11),))
+    assert difference(run(model, longer), run(traced, longer)).relative < 1e-5
