@@ -85,7 +85,7 @@ SIDES = {
 #: Shapes of clips.
 CLIPS = {
     "mc3_18": (2, 3, 8, 32, 32), "r2plus1d_18": (2, 3, 8, 32, 32), "r3d_18": (2, 3, 8, 32, 32),
-    "s3d": (1, 3, 14, 224, 224), "mvit_v1_b": (2, 3, 4, 64, 64), "mvit_v2_s": (2, 3, 4, 64, 64),
+    "s3d": (1, 3, 14, 224, 224), "mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224),
     "swin3d_b": (2, 3, 4, 64, 64), "swin3d_s": (2, 3, 4, 64, 64), "swin3d_t": (2, 3, 4, 64, 64),
 }  # fmt: skip
 
@@ -93,7 +93,6 @@ CLIPS = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
-    "mvit": {"spatial_size": (64, 64), "temporal_size": 4},
     "vit_": {"image_size": 64},
     "vit_h_14": {"image_size": 56},
     **{
