@@ -244,6 +244,16 @@ def test_a_loaded_float_model_is_compiled_further(tmp_path: Path) -> None:
     assert torch.equal(fxc.load(tmp_path / "int8.fxc")(x), small(x))
 
 
+def test_a_graph_too_large_for_the_format_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_LONGEST", 100)
+    compact = fxc.compile(Small(), [], torch.randn(4, 1, 6, 6))
+    with pytest.raises(ArtifactError, match="too large to be saved"):
+        compact.save(tmp_path / "model.fxc")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_that_is_not_there_is_named(saved: Path) -> None:
     assert fxc.load(saved, device="meta").get_parameter("conv.weight").is_meta
     with pytest.raises(UnsupportedError, match="cannot load to device 'nowhere'"):
