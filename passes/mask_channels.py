@@ -37,8 +37,8 @@ class MaskChannels(Pass):
         importance: "l1", "l2", "bn_scale" or "random".
         scope: "global" (all layers ranked together) or "layer" (the same share of every layer).
         round_to: every layer keeps a multiple of this many channels.
-        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (there are fewer heads)
-            or "both" (a little of each).
+        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
+            "both" (a little of each).
         ignore: layers whose channels stay, as dotted paths or patterns ("features.0", "head.*").
         seed: for random importance.
     """

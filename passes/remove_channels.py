@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axis, Booleans, ParameterAxis, analyse
+from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
 from fxcompress.analysis.products import reduces_one_dimension, scaled
 from fxcompress.analysis.transfer import normalised_index

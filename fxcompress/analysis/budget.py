@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis
+from fxcompress.analysis.channels import Axis, ChannelAnalysis
 from fxcompress.analysis.cost import macs as node_macs
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.analysis.channels import ChannelAnalysis, Floats, Integers, ParameterAxis
+from fxcompress.analysis.channels import ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.grouping import Integers
 from fxcompress.graph import edit, ops
 
 CRITERIA = ("l1", "l2", "bn_scale", "random")

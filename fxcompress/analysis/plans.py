@@ -10,7 +10,8 @@ import numpy as np
 from torch import fx
 
 from fxcompress.analysis.budget import Budget, CostOfChoice
-from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis, Floats, Integers, ParameterAxis
+from fxcompress.analysis.channels import Axis, ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.grouping import Booleans, Integers
 from fxcompress.analysis.importance import families, widths
 from fxcompress.errors import BudgetError, UnsupportedError
 from fxcompress.graph import edit

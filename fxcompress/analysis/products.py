@@ -174,8 +174,8 @@ def _recurrent(walk: Walk, node: fx.Node) -> Any:
             walk.parameter(tensor, 1, given[-1] if name.startswith("weight_ih_l0") else both, shared)
     if given[-1] is not None:
         read(walk, node, given[-1], given[-1].constant == 0, f"a channel that is not zero is read by {node.target}")
-    for state in node.all_input_nodes[1:]:
-        walk.freeze_all(walk.axes.get(state), f"an initial state of {node.target}")
+    for initial in node.all_input_nodes[1:]:
+        walk.freeze_all(walk.axes.get(initial), f"an initial state of {node.target}")
     dead = _dead_units(module, hidden, gates) if walk.follow_constants else np.zeros(hidden, dtype=bool)
     if len(node.all_input_nodes) > 1:
         walk.freeze(units, f"its initial state is given ({node.target})")
@@ -189,7 +189,7 @@ def _recurrent(walk: Walk, node: fx.Node) -> Any:
 def _dead_units(module: Any, hidden: int, gates: int) -> Any:
     """Units that stay at zero in every layer and direction: nothing drives them."""
     dead = np.ones(hidden, dtype=bool)
-    for name, tensor in module.named_parameters():
+    for tensor in module.parameters():
         rows = tensor.detach().reshape(gates, hidden, -1)
         dead &= ~(rows != 0).any(2).any(0).cpu().numpy()
     return dead

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from fxcompress.analysis.channels import Axes, Axis, Floats, Integers, Walk
+from fxcompress.analysis.channels import Axes, Axis, Floats, Walk
+from fxcompress.analysis.grouping import Integers
 
 Sizes = tuple[int, ...]
 

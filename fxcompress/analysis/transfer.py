@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axes, Axis, Booleans, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.regroup import regroup
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import TensorInfo, info
@@ -62,6 +63,7 @@ def freeze_node(walk: Walk, node: fx.Node) -> Any:
 
 
 def fixed(value: Any) -> Any:
+    """Return axes for a value of which every size is fixed."""
     if isinstance(value, TensorInfo):
         return (None,) * len(value.shape)
     if isinstance(value, (tuple, list)):
@@ -70,6 +72,7 @@ def fixed(value: Any) -> Any:
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor node, () for everything else."""
     value = info(node).value if isinstance(node, fx.Node) else None
     return value.shape if isinstance(value, TensorInfo) else ()
 
@@ -249,6 +252,7 @@ def _by_position(
 
 
 def read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
+    """Record that a node reads the channels of an axis, see `Read`."""
     if axis is not None:
         walk.reads.append(Read(node, axis, harmless, why))
 
@@ -497,6 +501,7 @@ def _join(walk: Walk, parts: list[Axis | None], sizes: list[int], why: str) -> A
 
 
 def tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
+    """Let equal indices of several axes live and die together."""
     axis = parts[0]
     for part in parts[1:]:
         axis = walk.tie(axis, part, why)
@@ -826,6 +831,7 @@ def _averages_constants(arguments: dict[str, Any]) -> bool:
 
 
 def only_zero(constant: Floats) -> Floats:
+    """Return the constants that are zero; the others are not known any more."""
     return np.where(constant == 0, 0.0, np.nan)
 
 

@@ -79,7 +79,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, old: Any) -> nn.Lin
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     trainable = bool(old.out_proj.weight.requires_grad)
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=trainable)
-    made.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=trainable)
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), trainable))
     return made.train(old.training)
 
 
@@ -153,8 +153,8 @@ class _Call:
         mask, padding = self.given["attn_mask"], self.given["key_padding_mask"]
         if mask is not None:
             shape = info(mask).value.shape
-            parts.append(self._call(torch.reshape, mask, (self.batch, self.layers.heads, *shape[-2:])) if len(shape) == 3
-                         else mask)  # fmt: skip
+            by_head = (self.batch, self.layers.heads, *shape[-2:])
+            parts.append(self._call(torch.reshape, mask, by_head) if len(shape) == 3 else mask)
         if padding is not None:
             parts.append(self._call(torch.reshape, padding, (self.batch, 1, 1, -1)))
         if not parts:

@@ -93,7 +93,8 @@ def _modules(graph_module: fx.GraphModule) -> dict[nn.Module, dict[str, dict[str
 
 def _own_modules(graph_module: fx.GraphModule) -> Iterator[nn.Module]:
     """The modules of a graph, without those of regions inside it, which are graphs of their own."""
-    pending, seen = [graph_module], set[nn.Module]()
+    pending: list[nn.Module] = [graph_module]
+    seen: set[nn.Module] = set()
     while pending:
         module = pending.pop()
         if module in seen:
