@@ -30,6 +30,10 @@ class Snapshot:
 
     def changed(self) -> str | None:
         """Return what differs in the graph module since then, in words, or None if nothing does."""
+        return self.changed_structure() or self.changed_state()
+
+    def changed_structure(self) -> str | None:
+        """Return what differs in nodes, modules, their options and parameters; other tensors may have new values."""
         nodes = _nodes(self.graph_module)
         for old, new in zip(self.nodes, nodes, strict=False):
             if any(left is not right for left, right in zip(old, new, strict=True)):
@@ -42,8 +46,20 @@ class Snapshot:
         for module, state in modules.items():
             name = _first_difference(self.modules[module], state)
             if name is not None:
-                return f"attribute {name!r} of a {type(module).__name__}"
-        return None if _versions(modules) == self.versions else "a tensor, in place"
+                return f"{name!r} of a {type(module).__name__}"
+        return None
+
+    def changed_state(self) -> str | None:
+        """Return whether buffers and other tensors have new values, in words, or None."""
+        modules = _modules(self.graph_module)
+        same = all(
+            state[table].get(name) is value
+            for module, state in modules.items()
+            for table in ("_buffers", "attributes")
+            for name, value in self.modules[module][table].items()
+            if isinstance(value, torch.Tensor)
+        )
+        return None if same and _versions(modules) == self.versions else "the values of a tensor"
 
     def restore(self) -> fx.GraphModule:
         """Return a graph module of its own that computes what this one did; it shares its tensors."""
@@ -110,11 +126,14 @@ def _versions(modules: dict[nn.Module, dict[str, dict[str, Any]]]) -> list[int]:
 
 
 def _first_difference(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> str | None:
-    """Return the name of the first attribute that is gone, new, or another object."""
+    """Return the name of the first attribute that is gone, new, or another object, state tensors aside."""
     for table, values in new.items():
         before = old[table]
         if list(before) != list(values):
             return ", ".join(before.keys() ^ values.keys()) or table
         if not all(map(operator.is_, before.values(), values.values())):
-            return next(name for name, value in values.items() if before[name] is not value)
+            for name, value in values.items():
+                state = isinstance(value, torch.Tensor) and isinstance(before[name], torch.Tensor)
+                if before[name] is not value and (table == "_parameters" or not state):
+                    return name
     return None
