@@ -25,7 +25,7 @@ import re
 import resource
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -373,21 +373,23 @@ def _captured(graph_module: fx.GraphModule) -> Iterator[nn.Parameter]:
 
 def main_reason(masked: PipelineResult, removed: PipelineResult) -> str | None:
     """Return why most of the parameters stayed that were not to stay, with names left out; None if there are none."""
-    layers = removed.rows[-1].cost.layers
-    weights: Counter[str] = Counter()
-    said: set[tuple[str, str]] = set()
+    before, after = masked.start.layers, removed.rows[-1].cost.layers
+    reasons: dict[str, set[str]] = defaultdict(set)
     for note in (note for row in (*masked.rows, *removed.rows) for note in row.notes):
-        layer, text = note.layer, note.text
-        if text.startswith(("not masked", "not pruned")) and layer in layers:
-            words = re.sub(r"`[^`]*`|\([\w.]*\)|\b[\w-]+(\.[\w-]+)+|\b[a-z]\w*_\d+\b", "...", text.partition(": ")[2])
-            words = re.sub(r"\d+", "n", words)
-            if (layer, words) not in said:
-                said.add((layer, words))
-                weights[words] += layers[layer].parameters
-    if not weights:
-        return None
-    reason, parameters = weights.most_common(1)[0]
-    return f"{reason} ({parameters / max(removed.rows[-1].cost.parameters, 1):.0%} of what is left)"
+        words = note.text.partition(": ")[2] if note.text.startswith(("not masked", "not pruned")) else ""
+        reasons[note.layer].add(_without_names(words))
+    weights: Counter[str] = Counter()
+    for layer, cost in after.items():
+        silent = layer not in reasons and layer in before and before[layer].parameters == cost.parameters
+        for words in {"no reason given"} if silent else reasons[layer]:
+            weights[words] += cost.parameters if words else 0
+    reason, parameters = max(weights.items(), key=lambda item: item[1], default=("", 0))
+    return f"{reason} ({parameters / removed.rows[-1].cost.parameters:.0%} of what is left)" if parameters else None
+
+
+def _without_names(text: str) -> str:
+    """Leave out what is particular to one layer, so that equal reasons are equal texts."""
+    return re.sub(r"\d+", "n", re.sub(r"`[^`]*`|\([\w.]*\)|\b[\w-]+(\.[\w-]+)+|\b[a-z]\w*_\d+\b", "...", text))
 
 
 def check_outputs(output: Any) -> None:
