@@ -193,7 +193,10 @@ class _Rewriter:
             return self._become_number(node, info(node).value)
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None or "out" in node.kwargs:
             return 0
-        bound = ops.bind(op, node.args, node.kwargs)
+        args = node.args
+        if op.kind == "einsum" and len(args) > 1 and not isinstance(args[1], (tuple, list)):
+            args = (args[0], tuple(args[1:]))  # einsum("..", a, b) becomes einsum("..", (a, b))
+        bound = ops.bind(op, args, node.kwargs)
         inplace = bool(bound.pop("inplace", False))
         for dropped in ("alpha", "rounding_mode", "_stacklevel"):
             bound.pop(dropped, None)

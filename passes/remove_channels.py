@@ -16,7 +16,7 @@ from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
 from fxcompress.analysis.products import reduces_one_dimension, scaled
-from fxcompress.analysis.transfer import normalised_index
+from fxcompress.analysis.transfer import normalised_index, with_numbers
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
@@ -287,18 +287,21 @@ def plan_shapes(plan: ChannelPlan) -> dict[fx.Node, tuple[tuple[int, ...], Any]]
     return found
 
 
-def _set_sizes(sizes: Any, old: tuple[int, ...], new: tuple[int, ...], plan: ChannelPlan) -> Any:
-    """Replace the written sizes of dimensions that change; -1 and sizes that inputs change stay."""
+def _set_sizes(
+    node: fx.Node, sizes: Any, old: tuple[int, ...], new: tuple[int, ...], plan: ChannelPlan, first: int = 0
+) -> Any:
+    """Replace the written sizes of dimensions from `first` that change; -1 and sizes that inputs change stay."""
     if not isinstance(sizes, (tuple, list)):
         return sizes
-    return tuple(
-        after if size in plan.analysis.sizes or (isinstance(size, int) and size != -1 and before != after) else size
-        for size, before, after in zip(sizes, old, new, strict=True)
-    )
+    found = []
+    for dimension, (size, before, after) in enumerate(zip(sizes, old, new, strict=True), start=first):
+        changed = isinstance(size, int) and size != -1 and before != after
+        found.append(after if changed or (node, dimension) in plan.analysis.written else size)
+    return tuple(found)
 
 
 def _reshape(node: fx.Node, plan: ChannelPlan) -> None:
-    sizes = _set_sizes(node.args[1], info(node).value.shape, new_shape(node, plan), plan)
+    sizes = _set_sizes(node, node.args[1], info(node).value.shape, new_shape(node, plan), plan)
     node.args = (node.args[0], sizes)
 
 
@@ -307,13 +310,13 @@ def _unflatten(node: fx.Node, plan: ChannelPlan) -> None:
     source, dim, sizes = (arguments[name] for name in ("input", "dim", "sizes"))
     start = int(dim) % len(info(source).value.shape)
     stop = start + len(sizes)
-    new = _set_sizes(sizes, info(node).value.shape[start:stop], new_shape(node, plan)[start:stop], plan)
-    node.args = (source, dim, new)
+    old, new = info(node).value.shape[start:stop], new_shape(node, plan)[start:stop]
+    node.args = (source, dim, _set_sizes(node, sizes, old, new, plan, start))
 
 
 def _expand(node: fx.Node, plan: ChannelPlan) -> None:
-    sizes = node.args[1:]
-    node.args = (node.args[0], *_set_sizes(sizes, info(node).value.shape, new_shape(node, plan), plan))
+    sizes = _set_sizes(node, node.args[1:], info(node).value.shape, new_shape(node, plan), plan)
+    node.args = (node.args[0], *sizes)
 
 
 def _split(node: fx.Node, plan: ChannelPlan) -> None:
@@ -346,9 +349,11 @@ def _getitem(node: fx.Node, plan: ChannelPlan) -> None:
         if axis is None or not isinstance(item, slice) or item == slice(None):
             continue
         alive = plan.alive(axis)
-        start, stop, _ = item.indices(len(alive))
+        if alive.all():
+            continue
+        start, stop, _ = with_numbers(item, plan.analysis.sizes).indices(len(alive))
         items[place] = slice(int(alive[:start].sum()), int(alive[:stop].sum()))
-        changed = changed or not alive.all()
+        changed = True
     if changed:
         node.args = (source, tuple(items))
 
@@ -359,9 +364,9 @@ def _pad(node: fx.Node, plan: ChannelPlan) -> None:
     axes, amounts = plan.analysis.axes[node], list(arguments["pad"])
     for place in range(0, len(amounts), 2):
         axis = axes[len(axes) - 1 - place // 2]
-        if axis is not None and isinstance(amounts[place], int) and (amounts[place] or amounts[place + 1]):
+        low, high = amounts[place : place + 2]
+        if axis is not None and not isinstance(low, fx.Node) and not isinstance(high, fx.Node) and (low or high):
             alive = plan.alive(axis)
-            low, high = amounts[place], amounts[place + 1]
             amounts[place : place + 2] = [int(alive[:low].sum()), int(alive[len(alive) - high :].sum())]
     if amounts != list(arguments["pad"]):
         node.args = (node.args[0], tuple(amounts))

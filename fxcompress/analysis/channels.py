@@ -100,6 +100,7 @@ class Walk:
     definitions: list[tuple[Integers, Integers]] = field(default_factory=list)
     products: list[tuple[fx.Node, int, tuple[Axis | None, ...]]] = field(default_factory=list)
     sizes: set[fx.Node] = field(default_factory=set)
+    written: set[tuple[fx.Node, int]] = field(default_factory=set)
     parameters: dict[tuple[int, int], Axis | None] = field(default_factory=dict)
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
     producers: set[tuple[int, int]] = field(default_factory=set)
@@ -195,7 +196,8 @@ class ChannelAnalysis:
     axes: what every tensor node carries. parameters: every dimension of a parameter that channels index.
     reads: where channels are consumed. grouping: atom -> group. frozen: group -> why it stays whole.
     products: matrix products without weights, their MACs, and the axes that these are proportional to.
-    sizes: nodes that compute a number from sizes that no input changes.
+    sizes: nodes that compute a number from channel sizes, which no input changes.
+    written: (node, dimension) of shapes in which a number has to stand instead of what computes it.
     """
 
     axes: dict[fx.Node, Any]
@@ -205,6 +207,7 @@ class ChannelAnalysis:
     frozen: dict[int, str]
     products: tuple[tuple[fx.Node, int, tuple[Axis | None, ...]], ...] = ()
     sizes: frozenset[fx.Node] = frozenset()
+    written: frozenset[tuple[fx.Node, int]] = frozenset()
 
     @property
     def group_count(self) -> int:
@@ -276,7 +279,7 @@ def _solve(walk: Walk, ignore: set[str]) -> ChannelAnalysis:
     frozen: dict[int, str] = {}
     found = ChannelAnalysis(
         walk.axes, parameters, tuple(walk.reads), solve(walk.atom_count, walk.edges, walk.definitions), frozen,
-        tuple(walk.products), frozenset(walk.sizes),
+        tuple(walk.products), frozenset(walk.sizes), frozenset(walk.written),
     )  # fmt: skip
     for parameter in parameters:
         if parameter.producer and any(path.rpartition(".")[0] in ignore or path in ignore for path in parameter.paths):

@@ -44,6 +44,24 @@ def _einsum(walk: Walk, node: fx.Node) -> Any:
     return _contract(walk, node, list(zip(tensors, labels, strict=True)), list(output))
 
 
+@transfer("linear_function")
+def _linear_function(walk: Walk, node: fx.Node) -> Any:
+    """A linear layer whose weight or bias is computed: a product, and a bias that is indexed by its result."""
+    arguments = ops.arguments(node)
+    source, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or len(shape_of(weight)) != 2:
+        return freeze_node(walk, node)
+    batch = list(string.ascii_uppercase[: len(shape_of(source)) - 1])
+    made = _contract(walk, node, [(source, [*batch, "k"]), (weight, ["o", "k"])], [*batch, "o"])
+    if not isinstance(bias, fx.Node):
+        return made
+    axis = walk.tie(made[-1], walk.of(bias)[0], f"its bias is of fixed size in {node.name}")
+    if axis is None:
+        return (*made[:-1], None)
+    zero = (made[-1].constant == 0) & (walk.of(bias)[0].constant == 0)  # type: ignore[union-attr]
+    return (*made[:-1], axis.with_constant(np.where(zero, 0.0, np.nan)))
+
+
 def _contract(walk: Walk, node: fx.Node, operands: Sequence[tuple[Any, list[str]]], output: Sequence[str]) -> Axes:
     """A sum of products: dimensions of one label are tied; those that the result lacks are summed over."""
     sizes: dict[str, int] = {}

@@ -11,7 +11,7 @@ several tensors). Add one for an operator of your own:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -273,7 +273,8 @@ def _embedding(walk: Walk, node: fx.Node) -> Axes:
     assert isinstance(module, nn.Embedding)
     walk.parameter(module.weight, 0, None, f"rows of the embedding {node.target}")
     out = walk.made_here(module.weight, 1, module.weight.shape[1])
-    return (*walk.of(node.all_input_nodes[0]), out)
+    constant = _slice_constants(walk, module.weight, 1)
+    return (*walk.of(node.all_input_nodes[0]), out and out.with_constant(constant))
 
 
 @transfer("batch_norm", "instance_norm")
@@ -607,11 +608,18 @@ def normalised_index(index: Any, rank: int) -> list[Any] | None:
 def _slice(walk: Walk, axis: Axis | None, item: slice, node: fx.Node) -> Axis | None:
     if axis is None or item == slice(None):
         return axis
+    item = with_numbers(item, walk.sizes)
     bounds = (item.start, item.stop, item.step)
     if any(isinstance(bound, fx.Node) for bound in bounds) or item.step not in (None, 1):
         walk.freeze(axis, f"sliced by bounds or steps that cannot be rewritten in {node.name}")
         return None
     return axis.take(slice(*item.indices(len(axis))))
+
+
+def with_numbers(item: slice, sizes: Collection[fx.Node]) -> slice:
+    """Return a slice with the values of those of its bounds that are computed from channel sizes only."""
+    bounds = (item.start, item.stop, item.step)
+    return slice(*(info(one).value if isinstance(one, fx.Node) and one in sizes else one for one in bounds))
 
 
 @transfer("narrow", "select", "index_select")
@@ -631,22 +639,36 @@ def _reshape(walk: Walk, node: fx.Node) -> Axes:
     source = node.all_input_nodes[0]
     given = walk.of(source)
     found = regroup(walk, given, shape_of(source), shape_of(node), every_part=_meets_a_product(node))
-    sizes = ops.arguments(node).get("shape") if ops.kind(node) == "reshape" else None
-    for axis, size in zip(found, sizes if isinstance(sizes, (tuple, list)) else (), strict=False):
-        if axis is not None and isinstance(size, fx.Node) and not _follows(walk, size, given):
-            walk.freeze(axis, f"its size is computed at run time in {node.name}")
+    if ops.kind(node) == "reshape":
+        _state_sizes(walk, node, ops.arguments(node)["shape"], found, given)
     return found
+
+
+def _state_sizes(walk: Walk, node: fx.Node, sizes: Any, made: Axes, given: Axes) -> None:
+    """Find out for every size that is computed at run time whether it will be right after removal, and what if not.
+
+    One that is computed from the channels at hand follows them. Another is written as a number if the dimension holds
+    channels and nothing else; a dimension that holds positions too, whose number inputs change, is frozen.
+    """
+    stated = sizes if isinstance(sizes, (tuple, list)) else ()
+    for dimension, (axis, size) in enumerate(zip(made, stated, strict=False)):
+        if axis is None or not isinstance(size, fx.Node) or (size not in walk.sizes and _follows(walk, size, given)):
+            continue
+        if len(np.unique(axis.atoms, axis=1).T) == len(axis):
+            walk.written.add((node, dimension))
+        else:
+            walk.freeze(axis, f"its size is computed at run time in {node.name}")
 
 
 #: Kinds that multiply tensors with one another.
 PRODUCTS = frozenset({"matmul", "bmm", "einsum", "attention", "baddbmm"})
 
 #: Kinds behind which a dimension is no longer the one that was cut.
-_MIXING = frozenset({"reshape", "flatten", "conv", "conv_transpose", "linear", "output"})
+_MIXING = frozenset({"conv", "conv_transpose", "linear", "output"})
 
 
 def _meets_a_product(node: fx.Node) -> bool:
-    """Whether what a reshape makes is read by a matrix product before it is reshaped or mixed again."""
+    """Whether what a reshape makes is read by a matrix product before its channels are mixed."""
     front, seen = list(node.users), set(node.users)
     while front:
         user = front.pop()
@@ -661,9 +683,8 @@ def _meets_a_product(node: fx.Node) -> bool:
 
 
 def _follows(walk: Walk, size: fx.Node, given: Axes) -> bool:
-    """Whether a size that is computed at run time will be right after channels of the given axes have gone."""
-    if size in walk.sizes:
-        return True  # a number: it is written anew
+    """Whether a size is computed from sizes of the given axes, and of no other axis."""
+    met = False
     known = {axis.atoms.tobytes() for axis in given if axis is not None}
     leaves, seen = [size], {size}
     while leaves:
@@ -671,11 +692,12 @@ def _follows(walk: Walk, size: fx.Node, given: Axes) -> bool:
         axis = _measured_axis(walk, leaf)
         if axis is not None and axis.atoms.tobytes() not in known:
             return False
+        met = met or axis is not None
         if ops.kind(leaf) != "size":
             new = [one for one in leaf.all_input_nodes if one not in seen]
             seen.update(new)
             leaves += new
-    return True
+    return met
 
 
 def _measured_axis(walk: Walk, node: fx.Node) -> Axis | None:
@@ -737,7 +759,11 @@ def _expand(walk: Walk, node: fx.Node) -> Axes:
     source = node.all_input_nodes[0]
     given, shape = walk.of(source), shape_of(node)
     added = len(shape) - len(given)
-    return (*[None] * added, *(axis if len(axis or ()) == shape[added + i] else None for i, axis in enumerate(given)))
+    kept = (axis if len(axis or ()) == shape[added + i] else None for i, axis in enumerate(given))
+    found = (*[None] * added, *kept)
+    if ops.kind(node) == "expand":
+        _state_sizes(walk, node, node.args[1:], found, given)
+    return found
 
 
 @transfer("repeat")
@@ -836,17 +862,16 @@ def only_zero(constant: Floats) -> Floats:
 
 
 @transfer("pad")
-def _pad(walk: Walk, node: fx.Node) -> Axes:
+def _pad(walk: Walk, node: fx.Node) -> Any:
     """Padded spatial positions hold the padding's value. Padded channels are new, constant channels."""
     arguments = ops.arguments(node)
     given = walk.of(arguments["input"])
     amounts, mode = arguments["pad"], arguments["mode"]
-    if any(isinstance(amount, fx.Node) for amount in amounts):
-        walk.freeze_all(given, f"padded by an amount known only at run time in {node.name}")
-        return fixed(info(node).value)  # type: ignore[no-any-return]
+    if not isinstance(amounts, (tuple, list)):
+        return freeze_node(walk, node)
     value = float(arguments["value"] or 0.0)
-    pairs = [(0, 0)] * (len(given) - len(amounts) // 2) + [
-        (int(amounts[i]), int(amounts[i + 1])) for i in range(len(amounts) - 2, -1, -2)
+    pairs: list[tuple[Any, Any]] = [(0, 0)] * (len(given) - len(amounts) // 2) + [
+        (amounts[i], amounts[i + 1]) for i in range(len(amounts) - 2, -1, -2)
     ]
     spread = mode == "constant" and any(pair != (0, 0) for pair in pairs)
     found: list[Axis | None] = []
@@ -856,8 +881,8 @@ def _pad(walk: Walk, node: fx.Node) -> Axes:
             if axis is not None and others:
                 axis = axis.with_constant(np.where(axis.constant == value, value, np.nan))
             found.append(axis)
-        elif mode != "constant" or min(pair) < 0:
-            walk.freeze(axis, f"padded by copies or cropped in {node.name}")
+        elif mode != "constant" or any(isinstance(amount, fx.Node) or amount < 0 for amount in pair):
+            walk.freeze(axis, f"padded by copies, cropped, or padded by an amount known at run time in {node.name}")
             found.append(None)
         else:
             found.append(_join(walk, [_new_channels(walk, pair[0], value), axis, _new_channels(walk, pair[1], value)],

@@ -163,7 +163,8 @@ _op("flatten", torch.flatten, "input, start_dim=0, end_dim=-1", methods="flatten
 _op("unflatten", torch.unflatten, "input, dim, sizes", methods="unflatten", view=True)
 _op("reshape", torch.reshape, "input, shape", view=True)
 _op("permute", torch.permute, "input, dims", view=True)
-_op("transpose", torch.transpose, "input, dim0, dim1", methods="transpose swapaxes swapdims", view=True)
+_op("transpose", torch.transpose, "input, dim0, dim1", (torch.swapaxes, torch.swapdims), "transpose swapaxes swapdims",
+    view=True, renamed={"axis0": "dim0", "axis1": "dim1"})  # fmt: skip
 _op("squeeze", torch.squeeze, "input, dim=None", methods="squeeze", view=True)
 _op("unsqueeze", torch.unsqueeze, "input, dim", methods="unsqueeze", view=True)
 _op("flip", torch.flip, "input, dims", methods="flip")
