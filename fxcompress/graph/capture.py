@@ -25,7 +25,7 @@ from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
 from fxcompress.graph.specialise import notes as specialisation_notes
-from fxcompress.graph.tracer import Kept, Tracer, drop_questions
+from fxcompress.graph.tracer import ConstantWrittenError, Kept, Tracer, drop_questions
 
 
 def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
@@ -56,7 +56,7 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
         duplicate.train(training)
     if isinstance(duplicate, fx.GraphModule):
         _drop_unused_modules(duplicate)
-        opaque.record(duplicate, inputs)
+        regions.refresh(duplicate, inputs)
         _propagate(duplicate, inputs)
         return duplicate
     return _capture(duplicate, inputs)
@@ -170,6 +170,9 @@ def _trace_around(
         try:
             return tracer, _run(tracer, model, concrete)
         except Exception as error:
+            if isinstance(error, ConstantWrittenError) and not kept.factories:
+                kept.factories = True
+                continue
             if not kept.modules and not kept.functions:
                 _require_forward(model, inputs)
             if not keep_culprit(error, model, kept):

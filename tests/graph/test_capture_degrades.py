@@ -265,6 +265,7 @@ def test_regions_survive_copies_and_pickles(detector: Detector) -> None:
         assert compare.difference(compare.run(compact, inputs), compare.run(twin, inputs)).relative == 0
         assert [region.layer for region in regions(twin)] == ["backbone", "head"]
         assert isinstance(twin.get_submodule("model.backbone"), Backbone)
+    assert all(tensor.is_meta for region in regions(compact) for tensor in region.inputs.tensors())
     again = fxc.compile(compact, [P.PruneChannels(0.5, scope="layer")], (IMAGES,))
     assert again.report is not None
     assert again.report.after.parameters < again.report.before.parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -94,3 +95,61 @@ def test_causal_text_of_another_length() -> None:
     model = Text().eval()
     traced, longer = fxc.trace(model, (TOKENS,)), ExampleInputs((torch.arange(22).reshape(2, 11),))
     assert difference(run(model, longer), run(traced, longer)).relative < 1e-5
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; its gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def test_autograd_functions_keep_their_gradient() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Straight.apply(self.layer(x)) * 2  # type: ignore[no-any-return]
+
+    model, x = Rounded().eval(), torch.randn(3, 4)
+    compact = fxc.compile(model, [P.Fuse()], x)
+    for module in (model, compact, copy.deepcopy(compact)):
+        module.zero_grad()
+        module(x).sum().backward()
+        gradient = module.get_parameter("layer.bias").grad
+        assert gradient is not None
+        assert torch.equal(gradient, torch.full((8,), 6.0))
+
+
+def test_python_asks_for_the_class_of_a_value_and_c_code_does_not() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = [isinstance(x, torch.Tensor), torch.is_tensor(x), isinstance(x.shape, torch.Size)]
+            found += [isinstance(x.shape[0], int), isinstance(x, (nn.Parameter, list, float, nn.Module))]
+            return x * 2 if found == [True, True, True, True, False] else x
+
+    original, x = isinstance, torch.randn(2, 3)
+    assert torch.equal(fxc.trace(Asking(), x)(x), x * 2)
+    assert isinstance is original
+
+
+def test_a_tensor_that_the_code_makes_and_fills_is_made_anew_at_every_call() -> None:
+    class Filling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table = torch.zeros(2, 3)
+            table[0] = x.sum()
+            table[1].add_(x[0])
+            return table
+
+    model, x = Filling(), torch.randn(2, 3)
+    traced = fxc.trace(model, x)
+    first, second = traced(x), traced(2 * x)
+    assert torch.equal(first, model(x))
+    assert torch.equal(second, model(2 * x))
