@@ -36,6 +36,14 @@ class ConstantWrittenError(DataDependentError):
     """The model writes what depends on its inputs into a tensor that it has just made."""
 
 
+class StateWrittenError(DataDependentError):
+    """The model replaces one of its buffers, which a graph cannot do; `path` is the module that holds it."""
+
+    def __init__(self, path: str, name: str) -> None:
+        super().__init__(f"its forward replaces the buffer {name!r}")
+        self.path = path
+
+
 @dataclass
 class Kept:
     """What is not traced into, with the reasons: modules by path, and functions by where their names stand.
@@ -45,7 +53,6 @@ class Kept:
 
     modules: dict[str, str] = field(default_factory=dict)
     functions: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], str]] = field(default_factory=dict)
-
     factories: bool = False
 
     def reason(self, target: object) -> str | None:
@@ -119,7 +126,7 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return what stands in a node for an argument."""
-        if isinstance(a, fx.Proxy):  # before anything that looks at its class
+        if isinstance(a, fx.Proxy):  # before isinstance() is asked whether it is a tensor
             return a.node
         if type(a) is OrderedDict:  # fx would turn it into a plain dict
             pairs = [(name, self.create_arg(value)) for name, value in a.items()]
@@ -291,6 +298,20 @@ def _writes_in_place(target: Any) -> bool:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or (f"{name}_".startswith("__i") and name.endswith("__"))
+
+
+def require_state_kept(root: nn.Module) -> None:
+    """Raise `StateWrittenError` if a forward has put a new value in the place of a buffer. (In place it may.)"""
+    for path, module in root.named_modules():
+        for name, value in module._buffers.items():
+            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, f"{path}.{name}" if path else name):
+                raise StateWrittenError(path, name)
+
+
+def _is_same_memory(node: fx.Node, path: str) -> bool:
+    while node.target in ops.INPLACE_OPERATORS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr" and node.target == path
 
 
 def drop_questions(graph: fx.Graph) -> None:

@@ -309,6 +309,36 @@ def test_a_failed_attempt_leaves_nothing_behind_in_the_model() -> None:
     assert torch.equal(traced(x), model(x))
 
 
+class Average(nn.Module):
+    """Keeps a running average in a buffer."""
+
+    average: torch.Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            self.average += x.mean(0)
+        else:
+            self.average = 0.5 * self.average + x.mean(0)
+        return x - self.average
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_forward_updates_is_updated(in_place: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), Average(in_place)).eval()
+    x = torch.randn(3, 4)
+    traced = fxc.trace(model, x)
+    fxc.graph.compare.require_same_outputs(model, traced, ExampleInputs((x,)))
+    assert not model.get_buffer("2.average").any()
+    for _ in range(3):
+        assert torch.equal(traced(x), model(x))
+    assert [str(node.target) for node in traced.graph.nodes if info(node).opaque] == ([] if in_place else ["2"])
+
+
 def test_nothing_to_capture_is_an_error_with_file_and_line() -> None:
     class Alone(nn.Module):
         def __init__(self) -> None:
