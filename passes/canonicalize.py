@@ -12,7 +12,9 @@ from torch import fx, nn
 
 from fxcompress.errors import CaptureError
 from fxcompress.graph import edit, ops
+from fxcompress.graph.attention import take_apart
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
+from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
 from fxcompress.rewrite.effects import has_effects
 
@@ -30,7 +32,9 @@ class Canonicalize(Pass):
        when the tensor written to is a view of one that is read again later.
     4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
     5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
-    6. Nodes that nothing reads, and that do nothing besides, go.
+    6. `nn.MultiheadAttention` becomes projections, heads and `F.scaled_dot_product_attention`, or single products
+       where its weights are read or dropped at random.
+    7. Nodes that nothing reads, and that do nothing besides, go.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -39,6 +43,10 @@ class Canonicalize(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Rewrite every node once, in order."""
         edits = _plain_classes(graph_module)
+        taken_apart = take_apart(graph_module)
+        if taken_apart:
+            propagate(graph_module, context.example_inputs)
+        edits += taken_apart
         rewriter = _Rewriter(graph_module)
         for node in list(graph_module.graph.nodes):
             edits += rewriter.rewrite(node)

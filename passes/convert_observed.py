@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.analysis.quantization import data_inputs, moves
 from fxcompress.errors import InputError, PassError
@@ -15,6 +15,8 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
 from fxcompress.passes.insert_observers import is_observer
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
+from fxcompress.quant.arithmetic import fake_quantize
+from fxcompress.quant.observers import ChannelMean
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class ConvertObserved(Pass):
        plain numbers.
     2. An observer with a scale for each channel becomes `torch.fake_quantize_per_channel_affine`; its scales and zero
        points become buffers beside the weight: `conv1.weight_scale`, `conv1.weight_zero_point`.
-    3. A bias is rounded to multiples of (scale of the input) x (scale of the weight), the steps in which products are
+    3. A bias makes up for what rounding the weights changes on average: the weight's error times the mean of the input,
+       as a `ChannelMean` recorded it, is subtracted. A layer without a bias is given one. What a convolution pads its
+       input with is left out of account.
+       Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019.
+    4. A bias is rounded to multiples of (scale of the input) x (scale of the weight), the steps in which products are
        summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for. A
        bias that belongs to several layers stays as it is.
-    4. Refuses an observer that has seen no data, or NaN or infinity.
+    5. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
     with.
@@ -39,9 +45,9 @@ class ConvertObserved(Pass):
     produces: ClassVar[Stage | None] = Stage.QDQ
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Convert the observers one by one."""
+        """Correct the biases, then convert the observers one by one."""
         numbers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        edits = 0
+        edits = _correct_biases(graph_module)
         for node in list(graph_module.graph.nodes):
             observer = ops.submodule(node)
             if is_observer(observer):
@@ -54,6 +60,65 @@ class ConvertObserved(Pass):
             _round_biases(graph_module)
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, edits > 0, edits)
+
+
+def _correct_biases(graph_module: fx.GraphModule) -> int:
+    """Correct the bias of every layer behind a `ChannelMean`, and take that out. Returns how many were taken out."""
+    means = [node for node in graph_module.graph.nodes if isinstance(ops.submodule(node), ChannelMean)]
+    calls: dict[str, list[fx.Node]] = defaultdict(list)  # a layer that is called several times has one mean
+    for node in means:
+        calls[str(node.target)] += list(node.users)
+    for path, layers in calls.items():
+        shift = _shift(graph_module, layers[0], edit.attribute(graph_module, path).mean()) if layers else None
+        if shift is not None and shift.any():
+            _subtract_from_bias(graph_module, layers, shift)
+    for node in means:
+        edit.replace_and_erase(node, node.all_input_nodes[0])
+    return len(means)
+
+
+def _shift(graph_module: fx.GraphModule, layer: fx.Node, mean: torch.Tensor | None) -> torch.Tensor | None:
+    """What the rounding of its weight adds to each channel of a layer's result, if its input has this mean."""
+    observed = ops.arguments(layer).get("weight")
+    if mean is None or not isinstance(observed, fx.Node) or observed.all_input_nodes[0].op != "get_attr":
+        return None
+    rounder: Any = ops.submodule(observed)
+    weight = edit.attribute(graph_module, str(observed.all_input_nodes[0].target)).detach()
+    error = (fake_quantize(weight, *_proposal(rounder, observed), rounder.spec) - weight).double()
+    groups = int(ops.arguments(layer).get("groups", 1))
+    sums = error.flatten(2).sum(2) if error.ndim > 2 else error  # (channels, input channels of a group)
+    return torch.einsum("goi,gi->go", sums.unflatten(0, (groups, -1)), mean.unflatten(0, (groups, -1))).flatten()
+
+
+def _subtract_from_bias(graph_module: fx.GraphModule, layers: list[fx.Node], shift: torch.Tensor) -> None:
+    """Subtract `shift` from the bias of a layer, in all of its calls. Others who read that bias read it as it was."""
+    weight = str(ops.arguments(layers[0])["weight"].all_input_nodes[0].target)
+    path = ".".join([*weight.split(".")[:-1], "bias"])
+    owner, name = edit.owner(graph_module, path)
+    old, like = getattr(owner, name, None), edit.attribute(graph_module, weight)
+    readers = {reader for node in graph_module.graph.find_nodes(op="get_attr", target=path) for reader in node.users}
+    if not readers <= set(layers):
+        path = edit.unique_path(graph_module, path)
+        name = path.split(".")[-1]
+    corrected = (-shift if old is None else old.detach().double() - shift).to(like.dtype)
+    setattr(owner, name, nn.Parameter(corrected, requires_grad=like.requires_grad))
+    for layer in layers:
+        _read_bias(layer, path)
+
+
+def _read_bias(layer: fx.Node, path: str) -> None:
+    """Let a layer read its bias from a path."""
+    given, graph = ops.arguments(layer), layer.graph
+    old = given["bias"]
+    if old is not None and old.target == path:
+        return
+    with graph.inserting_before(layer):
+        bias = graph.get_attr(path)
+    set_info(bias, layer=info(layer).layer)
+    op = ops.BY_FUNCTION[cast("ops.Function", layer.target)]
+    layer.args, layer.kwargs = ops.canonical_arguments(op, {**given, "bias": bias})
+    if old is not None and not old.users:
+        graph.erase_node(old)
 
 
 def _proposal(observer: Any, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:

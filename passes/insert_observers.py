@@ -17,7 +17,7 @@ from fxcompress.passes.mask_channels import matching_layers
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, data_field
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.observers import OBSERVERS, ExternalObserver, Observer
+from fxcompress.quant.observers import OBSERVERS, ChannelMean, ExternalObserver, Observer
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
 from fxcompress.quant.spec import REDUCED_WEIGHT, WEIGHT
 
@@ -40,7 +40,8 @@ class InsertObservers(Pass):
     3. There is no observer between a layer and the activation or residual add that its kernel computes as well
        (`FuseActivation` marks them); the observer stands behind the last of them.
     4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer.
-    5. Observers return what they are given, so the graph computes what it did before.
+    5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
+    6. Observers return what they are given, so the graph computes what it did before.
 
     Args:
         activation: observer of values: "histogram", "minmax", "moving-average" or "percentile"; or an observer class of
@@ -50,6 +51,8 @@ class InsertObservers(Pass):
             needs it.
         ignore: layers that stay float, as dotted paths or patterns ("features.0", "head.*").
         qat: whether to put trainable fake-quantisers in the place of plain observers.
+        correct_bias: whether biases shall make up for what rounding the weights changes on average. Not with `qat`,
+            where training does it.
         qconfig: a `QConfig` or `QConfigMapping` of `torch.ao`, in the place of `activation` and `weight`.
     """
 
@@ -58,6 +61,7 @@ class InsertObservers(Pass):
     reduced_range: bool | None = None
     ignore: tuple[str, ...] = ()
     qat: bool = False
+    correct_bias: bool = True
     qconfig: Any = data_field()
 
     name: ClassVar[str] = "insert-observers"
@@ -80,7 +84,7 @@ class InsertObservers(Pass):
             return None if choose(path, module) else "no QConfig for it"
 
         plan = plan_quantization(graph_module, accepts)
-        edits = _Insertion(graph_module, plan, choose, self.qat).run()
+        edits = _Insertion(graph_module, plan, choose, self.qat, self.correct_bias and not self.qat).run()
         notes = [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
         if reduced and plan.anchors:
             notes.append(Note("target cpu", "weights in 7 bits: without VNNI, sums of products of 8 bits saturate"))
@@ -102,16 +106,21 @@ def check_observer_options(item: object) -> None:
 class _Insertion:
     """Applies a plan to a graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, plan: QuantizationPlan, choose: Chooser, qat: bool) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, plan: QuantizationPlan, choose: Chooser, qat: bool, correct_bias: bool
+    ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.plan = plan
         self.choose = choose
         self.qat = qat
+        self.correct_bias = correct_bias
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.container = edit.unique_path(graph_module, "observers")
         self.layers = {anchor.path: graph_module.get_submodule(anchor.path) for anchor in plan.anchors}
         self.weights: dict[str, fx.Node] = {}  # path of a layer -> its observed weight
+        self.means: dict[str, ChannelMean] = {}  # path of a layer -> the means of its input
+        self.paths: dict[nn.Module, str] = {}  # of the observers
 
     def run(self) -> int:
         """Return how many observers were inserted."""
@@ -119,7 +128,7 @@ class _Insertion:
             self._make_functional(anchor)
         for group in self.plan.groups:
             self._observe(group)
-        return len(self.weights) + len(self.plan.groups)
+        return len(self.paths)
 
     def _make_functional(self, anchor: Anchor) -> None:
         node, layer = self.nodes[anchor.node], self.layers[anchor.path]
@@ -130,12 +139,26 @@ class _Insertion:
                 set_info(bias, layer=anchor.path)
             if anchor.path not in self.weights:
                 self.weights[anchor.path] = self._observed_weight(anchor.path)
+            value = self._averaged(node.args[0], anchor.path)
         function: ops.Function = _FUNCTIONS[type(layer)]
-        bound: dict[str, Any] = {"input": node.args[0], "weight": self.weights[anchor.path], "bias": bias}
+        bound: dict[str, Any] = {"input": value, "weight": self.weights[anchor.path], "bias": bias}
         if not isinstance(layer, nn.Linear):
             bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
         node.op, node.target = "call_function", function
         node.args, node.kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
+
+    def _averaged(self, value: Any, path: str) -> Any:
+        """The input of a layer, behind its `ChannelMean` if there shall be one."""
+        if not self.correct_bias:
+            return value
+        if path not in self.means:
+            layer: Any = self.layers[path]
+            linear = isinstance(layer, nn.Linear)
+            channels, axis = (layer.in_features, -1) if linear else (layer.in_channels, 1 - layer.weight.ndim)
+            self.means[path] = ChannelMean(channels, axis)
+        averaged = self._call(f"{path.replace('.', '_')}_input", self.means[path], value)
+        set_info(averaged, layer=path)
+        return averaged
 
     def _observed_weight(self, path: str) -> fx.Node:
         weight = self.graph.get_attr(f"{path}.weight")
@@ -162,12 +185,14 @@ class _Insertion:
         return choice
 
     def _call(self, name: str, observer: nn.Module, value: fx.Node) -> fx.Node:
-        path = f"{self.container}.{name}"
-        if not hasattr(getattr(self.graph_module, self.container, None), name):
+        """Call an observer, which gets a path at its first call."""
+        if observer not in self.paths:
+            self.paths[observer] = edit.unique_path(self.graph_module, f"{self.container}.{name}")
+            module = observer
             if self.qat and isinstance(observer, (Observer, ExternalObserver)):
-                observer = FakeQuantize(observer)
-            edit.add_module(self.graph_module, path, observer)
-        return self.graph.call_module(path, (value,))
+                module = FakeQuantize(observer)
+            edit.add_module(self.graph_module, self.paths[observer], module)
+        return self.graph.call_module(self.paths[observer], (value,))
 
 
 def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
@@ -181,5 +206,5 @@ def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
 
 
 def is_observer(module: object) -> bool:
-    """Whether a module is an observer or a fake-quantiser that `InsertObservers` put in."""
-    return isinstance(module, (Observer, ExternalObserver, FakeQuantize))
+    """Whether a module is one of those that `InsertObservers` puts in."""
+    return isinstance(module, (Observer, ExternalObserver, FakeQuantize, ChannelMean))

@@ -13,7 +13,7 @@ from torch import fx
 from fxcompress.analysis.budget import Budget
 from fxcompress.analysis.channels import analyse
 from fxcompress.analysis.importance import CRITERIA, score
-from fxcompress.analysis.plans import ChannelPlan, choose
+from fxcompress.analysis.plans import HEADS, ChannelPlan, choose
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import graph_info
@@ -37,6 +37,8 @@ class MaskChannels(Pass):
         importance: "l1", "l2", "bn_scale" or "random".
         scope: "global" (all layers ranked together) or "layer" (the same share of every layer).
         round_to: every layer keeps a multiple of this many channels.
+        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
+            "both" (a little of each).
         ignore: layers whose channels stay, as dotted paths or patterns ("features.0", "head.*").
         seed: for random importance.
     """
@@ -46,6 +48,7 @@ class MaskChannels(Pass):
     importance: str = "l2"
     scope: str = "global"
     round_to: int = 1
+    heads: str = "positions"
     ignore: str | tuple[str, ...] = ()
     seed: int = 0
 
@@ -62,7 +65,7 @@ class MaskChannels(Pass):
         budget = None if self.budget is None else Budget.of(self.budget)
         plan = choose(
             graph_module, analysis, scores,
-            ratio=self.ratio, budget=budget, scope=self.scope, round_to=self.round_to,
+            ratio=self.ratio, budget=budget, scope=self.scope, round_to=self.round_to, heads=self.heads,
         )  # fmt: skip
         edits = mask(graph_module, plan)
         return PassResult(graph_module, edits > 0, edits, tuple(plan.notes("masked")))
@@ -80,6 +83,7 @@ def check_channel_options(item: object) -> None:
         object.__setattr__(item, "budget", Budget.of(options["budget"]))
     check_choice(name, "importance", options["importance"], CRITERIA)
     check_choice(name, "scope", options["scope"], SCOPES)
+    check_choice(name, "heads", options["heads"], HEADS)
     if not isinstance(options["round_to"], int) or options["round_to"] < 1:
         raise OptionError(f"{name}: round_to must be a positive whole number, not {options['round_to']!r}")
     given = options["ignore"]

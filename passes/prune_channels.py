@@ -25,6 +25,8 @@ class PruneChannels(Pass):
         importance: "l1", "l2", "bn_scale" or "random".
         scope: "global" (all layers ranked together) or "layer" (the same share of every layer).
         round_to: every layer keeps a multiple of this many channels.
+        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
+            "both" (a little of each).
         ignore: layers whose channels stay, as dotted paths or patterns ("features.0", "head.*").
         seed: for random importance.
     """
@@ -34,6 +36,7 @@ class PruneChannels(Pass):
     importance: str = "l2"
     scope: str = "global"
     round_to: int = 1
+    heads: str = "positions"
     ignore: str | tuple[str, ...] = ()
     seed: int = 0
 

@@ -24,7 +24,7 @@ class Quantize(Pass):
     Args:
         calibration: inputs to measure the values on, see `Calibrate`; None takes what was given to
             `fxcompress.compile(calibration=...)`.
-        activation, weight, reduced_range, ignore, qconfig: see `InsertObservers`.
+        activation, weight, reduced_range, ignore, correct_bias, qconfig: see `InsertObservers`.
         batches: how many batches of the calibration data to take at most.
     """
 
@@ -34,6 +34,7 @@ class Quantize(Pass):
     reduced_range: bool | None = None
     ignore: tuple[str, ...] = ()
     batches: int | None = None
+    correct_bias: bool = True
     qconfig: Any = data_field()
 
     name: ClassVar[str] = "quantize"
@@ -45,7 +46,8 @@ class Quantize(Pass):
 
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes of this group, in order."""
-        observers = InsertObservers(self.activation, self.weight, self.reduced_range, self.ignore, qconfig=self.qconfig)
+        names = ("activation", "weight", "reduced_range", "ignore", "correct_bias", "qconfig")
+        observers = InsertObservers(**{name: getattr(self, name) for name in names})
         return (FuseActivation(), observers, Calibrate(self.calibration, self.batches), ConvertObserved(), Lower())
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axis, Booleans, ParameterAxis, analyse
+from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
+from fxcompress.analysis.products import reduces_one_dimension, scaled
 from fxcompress.analysis.transfer import normalised_index
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, graph_info, info
-from fxcompress.graph.modules import PartialLayerNorm
+from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
+from fxcompress.graph.modules import PartialLayerNorm, PartialRMSNorm
 from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 
@@ -86,6 +89,7 @@ def _notes(plan: ChannelPlan, before: dict[str, int], after: dict[str, int]) -> 
 
 
 def _apply(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
+    _pin_sizes(plan)
     _fold_constants(graph_module, plan)
     _slice_parameters(graph_module, plan)
     for node in graph_module.graph.nodes:
@@ -111,6 +115,8 @@ def _fold_constants(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
         module = ops.submodule(read.node)
         if ops.kind(read.node) == "layer_norm":
             _shrink_layer_norm(graph_module, read.node, removed, constant)
+        elif ops.kind(read.node) == "rms_norm":
+            _shrink_rms_norm(graph_module, read.node, int((~removed).sum()))
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and np.nansum(np.abs(constant)) > 0:
             _fold_into_bias(module, np.nan_to_num(constant))
 
@@ -140,6 +146,16 @@ def _shrink_layer_norm(
         known = getattr(old, name, torch.zeros(())).double().item()
         value = torch.tensor(known + float((constant**power).sum()), dtype=reference.dtype, device=reference.device)
         setattr(new, name, value)
+    new.training = old.training
+    edit.add_module(graph_module, str(node.target), new)
+
+
+def _shrink_rms_norm(graph_module: fx.GraphModule, node: fx.Node, stored: int) -> None:
+    """Let an RMSNorm remember how many entries there were; its weight is sliced with all other parameters."""
+    old: Any = ops.submodule(node)
+    width = old.width if isinstance(old, PartialRMSNorm) else int(old.normalized_shape[0])
+    new = PartialRMSNorm(stored, width, old.eps, affine=False)
+    new.weight = old.weight
     new.training = old.training
     edit.add_module(graph_module, str(node.target), new)
 
@@ -217,6 +233,9 @@ def _update_layer(module: Any, node: fx.Node, plan: ChannelPlan) -> None:
         if module.num_channels != width:
             per_group = module.num_channels // module.num_groups
             module.num_channels, module.num_groups = width, width // per_group
+    elif kind in ("lstm", "gru", "rnn"):
+        module.hidden_size = module.weight_hh_l0.shape[1]
+        module.input_size = module.weight_ih_l0.shape[1]
     elif kind == "prelu" and module.num_parameters > 1:
         module.num_parameters = module.weight.shape[0]
 
@@ -268,18 +287,18 @@ def plan_shapes(plan: ChannelPlan) -> dict[fx.Node, tuple[tuple[int, ...], Any]]
     return found
 
 
-def _set_sizes(sizes: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
-    """Replace the written sizes of dimensions that change; -1 and sizes read at run time stay."""
+def _set_sizes(sizes: Any, old: tuple[int, ...], new: tuple[int, ...], plan: ChannelPlan) -> Any:
+    """Replace the written sizes of dimensions that change; -1 and sizes that inputs change stay."""
     if not isinstance(sizes, (tuple, list)):
         return sizes
     return tuple(
-        after if isinstance(size, int) and size != -1 and before != after else size
+        after if size in plan.analysis.sizes or (isinstance(size, int) and size != -1 and before != after) else size
         for size, before, after in zip(sizes, old, new, strict=True)
     )
 
 
 def _reshape(node: fx.Node, plan: ChannelPlan) -> None:
-    sizes = _set_sizes(node.args[1], info(node).value.shape, new_shape(node, plan))
+    sizes = _set_sizes(node.args[1], info(node).value.shape, new_shape(node, plan), plan)
     node.args = (node.args[0], sizes)
 
 
@@ -288,13 +307,13 @@ def _unflatten(node: fx.Node, plan: ChannelPlan) -> None:
     source, dim, sizes = (arguments[name] for name in ("input", "dim", "sizes"))
     start = int(dim) % len(info(source).value.shape)
     stop = start + len(sizes)
-    new = _set_sizes(sizes, info(node).value.shape[start:stop], new_shape(node, plan)[start:stop])
+    new = _set_sizes(sizes, info(node).value.shape[start:stop], new_shape(node, plan)[start:stop], plan)
     node.args = (source, dim, new)
 
 
 def _expand(node: fx.Node, plan: ChannelPlan) -> None:
     sizes = node.args[1:]
-    node.args = (node.args[0], *_set_sizes(sizes, info(node).value.shape, new_shape(node, plan)))
+    node.args = (node.args[0], *_set_sizes(sizes, info(node).value.shape, new_shape(node, plan), plan))
 
 
 def _split(node: fx.Node, plan: ChannelPlan) -> None:
@@ -348,6 +367,42 @@ def _pad(node: fx.Node, plan: ChannelPlan) -> None:
         node.args = (node.args[0], tuple(amounts))
 
 
+def _mean(node: fx.Node, plan: ChannelPlan) -> None:
+    """The mean over a dimension that lost zeros becomes their sum, divided by the old number."""
+    dimension = reduces_one_dimension(node)
+    source = node.all_input_nodes[0]
+    axis = plan.analysis.axes[source][dimension] if dimension is not None and plan.analysis.axes.get(source) else None
+    if axis is None or plan.alive(axis).all():
+        return
+    node.target = torch.sum
+    with node.graph.inserting_after(node):
+        divided = node.graph.call_function(operator.truediv, (node, len(axis)))
+    node.replace_all_uses_with(divided, delete_user_cb=lambda user: user is not divided)
+    set_info(divided, layer=info(node).layer, value=info(node).value)
+
+
+def _attention(node: fx.Node, plan: ChannelPlan) -> None:
+    """The default scale is that of the width which the heads had."""
+    query: Any = node.args[0]
+    if new_shape(query, plan)[-1] != info(query).value.shape[-1]:
+        node.kwargs = {**node.kwargs, "scale": scaled(node)}
+
+
+def _pin_sizes(plan: ChannelPlan) -> None:
+    """Numbers computed from channel sizes keep their value (a scale, say), except where they state a shape."""
+    for node in plan.analysis.sizes:
+        number = info(node).value
+
+        def pinned(argument: Any, node: fx.Node = node, number: Any = number) -> Any:
+            return number if argument is node else argument
+
+        for user in list(node.users):
+            states_a_shape = ops.kind(user) in SIZES or isinstance(info(user).value, (int, float))
+            if not states_a_shape:
+                user.args = fx.node.map_aggregate(user.args, pinned)
+                user.kwargs = fx.node.map_aggregate(user.kwargs, pinned)
+
+
 #: Kinds of nodes that have sizes written in their arguments, and how those are rewritten.
 SIZES: dict[str, Callable[[fx.Node, ChannelPlan], None]] = {
     "reshape": _reshape,
@@ -357,4 +412,6 @@ SIZES: dict[str, Callable[[fx.Node, ChannelPlan], None]] = {
     "chunk": _split,
     "getitem": _getitem,
     "pad": _pad,
+    "mean": _mean,
+    "attention": _attention,
 }

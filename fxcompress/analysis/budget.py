@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from fxcompress.analysis.channels import Booleans, ChannelAnalysis
+from fxcompress.analysis.channels import Axis, ChannelAnalysis
 from fxcompress.analysis.cost import macs as node_macs
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info
@@ -88,8 +89,12 @@ class CostOfChoice:
         self.macs_by_weight: dict[str, int] = {}
         batch = _batch(graph_module)
         canonical = {path: paths[0] for paths in edit.tensor_paths(graph_module).values() for path in paths}
+        self.products = [(count // batch, axes) for _, count, axes in analysis.products]
+        products = {node for node, _, _ in analysis.products}
         for node in graph_module.graph.nodes:
             count = node_macs(node) // batch
+            if node in products:
+                continue
             if count and ops.kind(node) in ops.ANCHOR_KINDS:
                 path = canonical[f"{node.target}.weight"]
                 self.macs_by_weight[path] = self.macs_by_weight.get(path, 0) + count
@@ -104,7 +109,13 @@ class CostOfChoice:
                 shares[path] *= float(np.count_nonzero(self.analysis.alive(axis, dead))) / size
         if quantity == "parameters":
             return sum(math.prod(shape) * shares[path] for path, shape in self.shapes.items() if path in self.trainable)
-        return self.fixed_macs + sum(count * shares[path] for path, count in self.macs_by_weight.items())
+        products = sum(count * math.prod(self._share(axis, dead) for axis in axes) for count, axes in self.products)
+        layers = sum(count * shares[path] for path, count in self.macs_by_weight.items())
+        return self.fixed_macs + products + layers
+
+    def _share(self, axis: Axis | None, dead: Booleans) -> float:
+        """The part of an axis that survives."""
+        return 1.0 if axis is None else float(np.count_nonzero(self.analysis.alive(axis, dead))) / len(axis)
 
 
 def _batch(graph_module: fx.GraphModule) -> int:

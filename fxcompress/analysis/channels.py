@@ -18,17 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
+from fxcompress.analysis.grouping import Booleans, Grouping, Integers, solve
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info
 
-Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,9 @@ class Walk:
     reads: list[Read] = field(default_factory=list)
     frozen: list[tuple[Integers, str]] = field(default_factory=list)
     edges: list[tuple[Integers, Integers]] = field(default_factory=list)
+    definitions: list[tuple[Integers, Integers]] = field(default_factory=list)
+    products: list[tuple[fx.Node, int, tuple[Axis | None, ...]]] = field(default_factory=list)
+    sizes: set[fx.Node] = field(default_factory=set)
     parameters: dict[tuple[int, int], Axis | None] = field(default_factory=dict)
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
     producers: set[tuple[int, int]] = field(default_factory=set)
@@ -130,6 +130,10 @@ class Walk:
     def link(self, left: Integers, right: Integers) -> None:
         """Tie atoms pairwise."""
         self.edges.append((left.ravel(), right.ravel()))
+
+    def define(self, atoms: Integers, parts: Integers) -> None:
+        """Say that every atom lives if all of its parts do: atoms of shape (n,), parts of shape (n, m)."""
+        self.definitions.append((atoms, parts))
 
     def tie(self, left: Axis | None, right: Axis | None, why: str) -> Axis | None:
         """Let equal indices of two axes live and die together; `why` is said where that is not possible."""
@@ -189,19 +193,32 @@ class ChannelAnalysis:
     """The result of a walk.
 
     axes: what every tensor node carries. parameters: every dimension of a parameter that channels index.
-    reads: where channels are consumed. group: atom -> group, shape (atoms,). frozen: group -> why it stays whole.
+    reads: where channels are consumed. grouping: atom -> group. frozen: group -> why it stays whole.
+    products: matrix products without weights, their MACs, and the axes that these are proportional to.
+    sizes: nodes that compute a number from sizes that no input changes.
     """
 
     axes: dict[fx.Node, Any]
     parameters: tuple[ParameterAxis, ...]
     reads: tuple[Read, ...]
-    group: Integers
-    group_count: int
+    grouping: Grouping
     frozen: dict[int, str]
+    products: tuple[tuple[fx.Node, int, tuple[Axis | None, ...]], ...] = ()
+    sizes: frozenset[fx.Node] = frozenset()
+
+    @property
+    def group_count(self) -> int:
+        """Number of groups."""
+        return self.grouping.count
 
     def groups(self, axis: Axis) -> Integers:
-        """Return the groups of an axis, shape (k, size)."""
-        return self.group[axis.atoms]
+        """Return the groups of an axis, shape (k, size): index i lives if all of the groups in column i do."""
+        found = self.grouping.group[axis.atoms]
+        if self.grouping.parts is None:
+            return found
+        parts = np.moveaxis(self.grouping.parts[found], 2, 1)  # [k, parts, size]
+        rows = np.where(parts >= 0, parts, parts[:, :1]).reshape(-1, len(axis))
+        return rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
 
     def alive(self, axis: Axis, dead: Booleans) -> Booleans:
         """Return which indices of an axis survive when the groups marked in `dead` (shape (groups,)) are removed."""
@@ -222,7 +239,7 @@ def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Itera
         constants: whether to follow constants too (needed for removal, not for choosing).
         ignore: dotted paths of layers whose channels stay.
     """
-    from fxcompress.analysis.transfer import rule_for
+    from fxcompress.analysis.products import note_sizes, rule_for
 
     walk = Walk(graph_module, constants, callers=edit.callers(graph_module.graph))
     _forget_shared_modules(walk)
@@ -232,6 +249,7 @@ def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Itera
                 walk.freeze_all(walk.axes.get(source), "output of the model")
         else:
             walk.axes[node] = rule_for(node)(walk, node)
+            note_sizes(walk, node)
     return _solve(walk, set(ignore))
 
 
@@ -249,15 +267,6 @@ def _forget_shared_modules(walk: Walk) -> None:
 
 def _solve(walk: Walk, ignore: set[str]) -> ChannelAnalysis:
     """Turn ties into groups, and freezing of atoms into freezing of groups."""
-    count = walk.atom_count
-    group, group_count = np.zeros(0, dtype=np.int64), 0
-    if count:
-        empty = np.zeros(0, dtype=np.int64)
-        left = np.concatenate([edge[0] for edge in walk.edges] or [empty])
-        right = np.concatenate([edge[1] for edge in walk.edges] or [empty])
-        matrix = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-        group_count, labels = connected_components(matrix, directed=False)
-        group = labels.astype(np.int64)
     paths = edit.tensor_paths(walk.graph_module)
     parameters = tuple(
         ParameterAxis(tuple(paths[key[0]]), key[1], axis, key in walk.producers)
@@ -265,13 +274,19 @@ def _solve(walk: Walk, ignore: set[str]) -> ChannelAnalysis:
         if axis is not None and key[0] in paths
     )
     frozen: dict[int, str] = {}
+    found = ChannelAnalysis(
+        walk.axes, parameters, tuple(walk.reads), solve(walk.atom_count, walk.edges, walk.definitions), frozen,
+        tuple(walk.products), frozenset(walk.sizes),
+    )  # fmt: skip
     for parameter in parameters:
         if parameter.producer and any(path.rpartition(".")[0] in ignore or path in ignore for path in parameter.paths):
-            frozen.update(dict.fromkeys(np.unique(group[parameter.axis.atoms]).tolist(), "ignored on request"))
+            frozen.update(dict.fromkeys(np.unique(found.groups(parameter.axis)).tolist(), "ignored on request"))
     for atoms, why in walk.frozen:
-        for found in np.unique(group[atoms]).tolist():
-            frozen.setdefault(found, why)
-    return ChannelAnalysis(walk.axes, parameters, tuple(walk.reads), group, int(group_count), frozen)
+        for group in np.unique(found.groups(Axis(atoms[None], np.empty(0)))).tolist():
+            frozen.setdefault(group, why)
+    for group in found.grouping.tangled.tolist():
+        frozen.setdefault(group, "cut into parts in two ways that contradict each other")
+    return found
 
 
 def numbers(tensor: torch.Tensor | None, size: int, default: float) -> Floats:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.analysis.channels import ChannelAnalysis, Floats, Integers, ParameterAxis
+from fxcompress.analysis.channels import ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.grouping import Integers
 from fxcompress.graph import edit, ops
 
 CRITERIA = ("l1", "l2", "bn_scale", "random")
@@ -80,21 +81,22 @@ def _mean_over_indices(
 def families(analysis: ChannelAnalysis) -> Integers:
     """Return the family of every group, shape (groups,): groups made by the same set of weights are one family.
 
-    Groups that no weight makes are in family -1.
+    Heads are a family, and positions within heads another. Groups that no weight makes are in family -1.
     """
     signature = np.zeros(analysis.group_count, dtype=np.uint64)
     random = np.random.default_rng(0)
     for parameter in _producers(analysis):
-        key = random.integers(1, 2**63, dtype=np.uint64)
-        signature[np.unique(analysis.groups(parameter.axis))] ^= key
-    _, found = np.unique(signature, return_inverse=True)
-    return np.where(signature == 0, -1, found)
+        keys = random.integers(1, 2**63, size=3, dtype=np.uint64)
+        found = np.unique(analysis.groups(parameter.axis))
+        signature[found] ^= keys[analysis.grouping.kind[found]]
+    _, family = np.unique(signature, return_inverse=True)
+    return np.where(signature == 0, -1, family)
 
 
 def widths(analysis: ChannelAnalysis) -> Integers:
     """Return how many channels of its widest layer a group covers, shape (groups,)."""
     found = np.zeros(analysis.group_count, dtype=np.int64)
     for parameter in _producers(analysis):
-        row = analysis.groups(parameter.axis)[0]
-        found = np.maximum(found, np.bincount(row, minlength=analysis.group_count))
+        for row in analysis.groups(parameter.axis):
+            found = np.maximum(found, np.bincount(row, minlength=analysis.group_count))
     return found

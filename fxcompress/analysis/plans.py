@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,11 +10,15 @@ import numpy as np
 from torch import fx
 
 from fxcompress.analysis.budget import Budget, CostOfChoice
-from fxcompress.analysis.channels import Axis, Booleans, ChannelAnalysis, Floats, Integers, ParameterAxis
+from fxcompress.analysis.channels import Axis, ChannelAnalysis, Floats, ParameterAxis
+from fxcompress.analysis.grouping import Booleans, Integers
 from fxcompress.analysis.importance import families, widths
 from fxcompress.errors import BudgetError, UnsupportedError
 from fxcompress.graph import edit
 from fxcompress.pipeline.base import Note
+
+#: What can go from attention heads.
+HEADS = ("positions", "whole", "both")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def choose(
     budget: Budget | None,
     scope: str,
     round_to: int,
+    heads: str = "positions",
     max_ratio: float = 0.95,
 ) -> ChannelPlan:
     """Choose the groups to mask.
@@ -81,12 +87,13 @@ def choose(
         scope: "global" ranks all groups together, each divided by the mean score of its family; "layer" masks the same
             share of every family.
         round_to: every family keeps a multiple of this many channels (as far as it has them).
+        heads: whether positions within a head, whole heads, or both can go (`HEADS`).
         max_ratio: with the global scope no family loses more than this share.
 
     Raises:
         BudgetError: the budget cannot be met within 3 %.
     """
-    chooser = _Chooser(analysis, scores, scope, round_to, max_ratio)
+    chooser = _Chooser(analysis, scores, scope, round_to, heads, max_ratio)
     if budget is None:
         dead = chooser.choose(ratio or 0.0)
     else:
@@ -97,12 +104,19 @@ def choose(
 class _Chooser:
     """Ranks the groups of every family and answers for any ratio."""
 
-    def __init__(self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, max_ratio: float) -> None:
+    def __init__(
+        self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, heads: str, max_ratio: float
+    ) -> None:
         self.analysis, self.scope, self.round_to, self.max_ratio = analysis, scope, round_to, max_ratio
         family = families(analysis)
         free = analysis.free() & (family >= 0)
-        judged = free & ~np.isnan(scores)
+        spared = _spared_parts(analysis, free, heads)
+        judged = free & ~np.isnan(scores) & ~spared
         self.reasons = dict.fromkeys(np.flatnonzero(free & ~judged).tolist(), "the criterion cannot judge it")
+        self.reasons.update(
+            dict.fromkeys(np.flatnonzero(spared).tolist(), f"heads={heads!r} takes other channels of it")
+        )
+        self.is_part = analysis.grouping.kind > 0 if heads == "both" else np.zeros(analysis.group_count, dtype=bool)
         self.scores, self.width = scores, widths(analysis)
         order = np.argsort(family, kind="stable")
         order = order[judged[order]]
@@ -132,8 +146,9 @@ class _Chooser:
         return self._revive(dead, scores)
 
     def _even(self, ratio: float, ranked: list[Integers]) -> list[int]:
-        """The same share of every family."""
-        return [int(len(members) * ratio + 1e-9) for members in ranked]
+        """The same share of every family; where heads and positions both go, what is left is a product of two."""
+        shares = [1 - math.sqrt(1 - ratio) if self.is_part[members[0]] else ratio for members in ranked]
+        return [int(len(members) * share + 1e-9) for members, share in zip(ranked, shares, strict=True)]
 
     def _ranked_together(self, ratio: float, ranked: list[Integers], scores: Floats) -> list[int]:
         """How many of every family are among the least important of all, each score divided by its family's mean."""
@@ -164,6 +179,21 @@ class _Chooser:
                 best = groups[:, int(np.argmax(np.nan_to_num(scores[groups[0]], nan=np.inf)))]
                 dead[best] = False
         return dead
+
+
+def _spared_parts(analysis: ChannelAnalysis, free: Booleans, heads: str) -> Booleans:
+    """Mark the parts that stay because others of the same dimension are to go: heads, or positions within heads."""
+    spared = np.zeros(analysis.group_count, dtype=bool)
+    parts = analysis.grouping.parts
+    if parts is None or heads == "both":
+        return spared
+    wanted = 2 if heads == "positions" else 1
+    known = parts >= 0
+    kind = np.where(known, analysis.grouping.kind[parts], 0)
+    rows = ((kind == wanted) & free[parts]).any(axis=1)
+    others = known & (kind == 3 - wanted) & rows[:, None]
+    spared[parts[others]] = True
+    return spared
 
 
 def _distinct_axes(analysis: ChannelAnalysis) -> list[Axis]:

@@ -6,21 +6,23 @@ import math
 
 import numpy as np
 
-from fxcompress.analysis.channels import Axes, Axis, Floats, Integers, Walk
+from fxcompress.analysis.channels import Axes, Axis, Floats, Walk
+from fxcompress.analysis.grouping import Integers
 
 Sizes = tuple[int, ...]
 
 
-def regroup(walk: Walk, axes: Axes, old: Sizes, new: Sizes) -> Axes:
+def regroup(walk: Walk, axes: Axes, old: Sizes, new: Sizes, every_part: bool = False) -> Axes:
     """Return the axes of a tensor of shape `old` after it was reshaped to `new`.
 
     The dimensions are cut into the smallest blocks of equal size on both sides. Within a block, several dimensions
     that merge into one give every index the atoms of all of them. One dimension that splits into several must stay
-    rectangular: the largest of the new dimensions keeps the atoms, tied across the others.
+    rectangular: with `every_part` each of the new dimensions is a choice of its own (heads, and positions within a
+    head), otherwise one of them keeps the atoms, tied across the others.
     """
     found: list[Axis | None] = []
     for sources, sizes in _blocks(axes, old, new):
-        found.extend(_block(walk, sources, sizes))
+        found.extend(_block(walk, sources, sizes, every_part))
     return tuple(found)
 
 
@@ -51,7 +53,7 @@ def _blocks(axes: Axes, old: Sizes, new: Sizes) -> list[tuple[list[tuple[Axis | 
     return blocks
 
 
-def _block(walk: Walk, sources: list[tuple[Axis | None, int]], sizes: list[int]) -> list[Axis | None]:
+def _block(walk: Walk, sources: list[tuple[Axis | None, int]], sizes: list[int], every_part: bool) -> list[Axis | None]:
     axes = [axis for axis, _ in sources]
     if all(axis is None or size == 1 for axis, size in sources):
         walk.freeze_all(axes, "a single channel that a reshape drops")
@@ -68,7 +70,43 @@ def _block(walk: Walk, sources: list[tuple[Axis | None, int]], sizes: list[int])
     merged = _merge([axis if size != 1 else None for axis, size in sources], old)
     if len(wide_new) == 1:
         return [merged if size != 1 else None for size in sizes]
+    undone = _unmerged(merged, sizes)
+    if undone is not None:
+        return undone
+    if every_part and len(merged.atoms) == 1 and len(np.unique(merged.atoms)) == len(merged):
+        return _into_parts(walk, merged, sizes)
     return _split(walk, merged, sizes)
+
+
+def _unmerged(axis: Axis, sizes: list[int]) -> list[Axis | None] | None:
+    """Undo a merge: every row of atoms goes to the dimension along which alone it differs. None if one does not."""
+    if len(axis) != math.prod(sizes):
+        return None
+    rows: list[list[Integers]] = [[] for _ in sizes]
+    for row in axis.atoms:
+        position = next((i for i, size in enumerate(sizes) if size != 1 and _is_untied(row[None], sizes, i)), None)
+        if position is None:
+            return None
+        rows[position].append(_lines(row[None], sizes, position)[0, 0])
+    return [
+        Axis(np.stack(found), _line_constants(axis, sizes, position)) if found else None
+        for position, found in enumerate(rows)
+    ]
+
+
+def _into_parts(walk: Walk, axis: Axis, sizes: list[int]) -> list[Axis | None]:
+    """Give every wide dimension fresh atoms; an index of the old dimension lives if all of its parts do."""
+    parts = [walk.fresh(size) if size != 1 else None for size in sizes]
+    grid = np.indices(sizes).reshape(len(sizes), -1)
+    columns = [part.atoms[0, grid[position]] for position, part in enumerate(parts) if part is not None]
+    walk.define(axis.atoms[0], np.stack(columns, axis=1))
+    return [part and part.with_constant(_line_constants(axis, sizes, position)) for position, part in enumerate(parts)]
+
+
+def _line_constants(axis: Axis, sizes: list[int], dimension: int) -> Floats:
+    """The constant of every slice along one of the dimensions, where it holds one."""
+    constants = np.moveaxis(axis.constant.reshape(sizes), dimension, -1).reshape(-1, sizes[dimension])
+    return np.where((constants == constants[0]).all(axis=0), constants[0], np.nan)
 
 
 def _merge(axes: list[Axis | None], sizes: list[int]) -> Axis:
@@ -98,9 +136,7 @@ def _split(walk: Walk, axis: Axis, sizes: list[int]) -> list[Axis | None]:
     keeper = next((i for i in candidates if _is_untied(axis.atoms, sizes, i)), candidates[0])
     lines = _lines(axis.atoms, sizes, keeper)
     walk.link(np.broadcast_to(lines[:, :1], lines.shape), lines)
-    constants = np.moveaxis(axis.constant.reshape(sizes), keeper, -1).reshape(-1, sizes[keeper])
-    equal = (constants == constants[0]).all(axis=0)
-    kept = Axis(lines[:, 0], np.where(equal, constants[0], np.nan))
+    kept = Axis(lines[:, 0], _line_constants(axis, sizes, keeper))
     return [kept if position == keeper else None for position in range(len(sizes))]
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axes, Axis, Booleans, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.regroup import regroup
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import TensorInfo, info
@@ -46,10 +47,10 @@ def rule_for(node: fx.Node) -> Rule:
     kind = ops.kind(node)
     if kind in RULES:
         return RULES[kind]
-    return _elementwise if kind in ops.ELEMENTWISE_KINDS else _freeze
+    return _elementwise if kind in ops.ELEMENTWISE_KINDS else freeze_node
 
 
-def _freeze(walk: Walk, node: fx.Node) -> Any:
+def freeze_node(walk: Walk, node: fx.Node) -> Any:
     """The rule for what is not understood: every input keeps its channels, every output has fixed sizes."""
     name = str(getattr(node.target, "__name__", node.target))
     for source in node.all_input_nodes:
@@ -58,25 +59,27 @@ def _freeze(walk: Walk, node: fx.Node) -> Any:
     for tensor in module.parameters() if module is not None else ():
         for dimension in range(tensor.ndim):
             walk.parameter(tensor, dimension, None, f"a parameter that {name} uses too")
-    return _fixed(info(node).value)
+    return fixed(info(node).value)
 
 
-def _fixed(value: Any) -> Any:
+def fixed(value: Any) -> Any:
+    """Return axes for a value of which every size is fixed."""
     if isinstance(value, TensorInfo):
         return (None,) * len(value.shape)
     if isinstance(value, (tuple, list)):
-        return tuple(_fixed(item) for item in value)
-    return {name: _fixed(item) for name, item in value.items()} if isinstance(value, dict) else ()
+        return tuple(fixed(item) for item in value)
+    return {name: fixed(item) for name, item in value.items()} if isinstance(value, dict) else ()
 
 
-def _shape(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor node, () for everything else."""
     value = info(node).value if isinstance(node, fx.Node) else None
     return value.shape if isinstance(value, TensorInfo) else ()
 
 
 @transfer("placeholder")
 def _placeholder(walk: Walk, node: fx.Node) -> Any:
-    return _fixed(info(node).value)
+    return fixed(info(node).value)
 
 
 @transfer("get_attr")
@@ -86,7 +89,7 @@ def _attribute(walk: Walk, node: fx.Node) -> Any:
     for name in str(node.target).split("."):
         found = getattr(found, name)
     if not isinstance(found, torch.Tensor) or not found.dtype.is_floating_point:
-        return _fixed(info(node).value)
+        return fixed(info(node).value)
     axes: list[Axis | None] = []
     for dimension, size in enumerate(found.shape):
         if size == 1:
@@ -139,6 +142,7 @@ def _convolution(
     given = walk.of(source)
     channel = len(given) - (weight.ndim - 2) - 1
     axis, groups = given[channel], int(module.groups)
+    walk.freeze_all(given[channel + 1 :], f"convolved over by {node.target}")
     if groups == 1:
         out = _full(walk, node, module, weight, axis, padded, out_dimension)
     else:
@@ -159,7 +163,7 @@ def _full(
     walk.parameter(weight, in_dimension, axis, f"input of {node.target}, whose weights are used elsewhere")
     out = walk.made_here(weight, out_dimension, weight.shape[out_dimension])
     if not walk.follow_constants:
-        _read(walk, node, axis, np.zeros(weight.shape[in_dimension], dtype=bool), "")
+        read(walk, node, axis, np.zeros(weight.shape[in_dimension], dtype=bool), "")
         return out
     matrix = weight.detach().cpu().transpose(0, 1) if out_dimension else weight.detach().cpu()
     kernels = matrix.flatten(2) if matrix.ndim > 2 else matrix.unsqueeze(2)  # [out, in, taps]
@@ -169,7 +173,7 @@ def _full(
     may_fold = walk.called_once(node)
     harmless = ~used.any(axis=0) | (constant == 0) | (foldable & may_fold)
     why = "a constant, but not zero, channel is read by a padded convolution" if padded else "a channel that varies"
-    _read(walk, node, axis, harmless, f"{why} ({node.target})")
+    read(walk, node, axis, harmless, f"{why} ({node.target})")
     if out is None:
         return None
     bias = numbers(module.bias, len(out), 0.0)
@@ -234,12 +238,12 @@ def _by_position(
         made = walk.made_here(weight, 1, outs)
         out = made and made.take(np.tile(np.arange(outs), groups))
     if axis is None or not walk.follow_constants:
-        _read(walk, node, axis, np.zeros(ins * groups, dtype=bool), "")
+        read(walk, node, axis, np.zeros(ins * groups, dtype=bool), "")
         return out and out.varying()
     used = (weight.detach().cpu() != 0).flatten(2).any(2)
     columns = used.reshape(groups, outs, ins).any(1) if out_dimension == 0 else used.any(1).reshape(groups, ins)
     harmless = ~columns.numpy().ravel() | (axis.constant == 0)
-    _read(walk, node, axis, harmless, f"a channel that is not zero is read by a grouped convolution ({node.target})")
+    read(walk, node, axis, harmless, f"a channel that is not zero is read by a grouped convolution ({node.target})")
     rows_used = used.reshape(groups * outs, ins).any(1) if out_dimension == 0 else None
     if out is None or rows_used is None:
         return out and out.varying()
@@ -247,7 +251,8 @@ def _by_position(
     return out.with_constant(np.where(rows_used.numpy(), np.nan, bias))
 
 
-def _read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
+def read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
+    """Record that a node reads the channels of an axis, see `Read`."""
     if axis is not None:
         walk.reads.append(Read(node, axis, harmless, why))
 
@@ -276,12 +281,12 @@ def _batch_norm(walk: Walk, node: fx.Node) -> Axes:
     module: Any = layer(node)
     given = walk.of(node.all_input_nodes[0])
     is_batch = ops.kind(node) == "batch_norm"
-    channel = 1 if is_batch or len(given) == len(_shape(node)) else 0
+    channel = 1 if is_batch or len(given) == len(shape_of(node)) else 0
     axis = given[channel]
     for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
         walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
     if axis is None or not walk.follow_constants:
-        return _keep(given, channel, axis and axis.varying())
+        return keep(given, channel, axis and axis.varying())
     size = len(axis)
     weight, bias = numbers(module.weight, size, 1.0), numbers(module.bias, size, 0.0)
     if is_batch and module.running_mean is not None:
@@ -289,10 +294,10 @@ def _batch_norm(walk: Walk, node: fx.Node) -> Axes:
         value = (axis.constant - mean) / np.sqrt(variance + module.eps) * weight + bias
     else:  # normalised by its own statistics: a constant becomes zero
         value = np.where(np.isnan(axis.constant), np.nan, bias)
-    return _keep(given, channel, axis.with_constant(np.where(weight == 0, bias, value)))
+    return keep(given, channel, axis.with_constant(np.where(weight == 0, bias, value)))
 
 
-def _keep(axes: Axes, position: int, axis: Axis | None) -> Axes:
+def keep(axes: Axes, position: int, axis: Axis | None) -> Axes:
     """The same axes with another one at one position."""
     return (*axes[:position], axis, *axes[position + 1 :])
 
@@ -310,11 +315,11 @@ def _group_norm(walk: Walk, node: fx.Node) -> Axes:
     rows = axis.atoms.reshape(len(axis.atoms), module.num_groups, -1)
     walk.link(np.broadcast_to(rows[:, :, :1], rows.shape), rows)
     if not walk.follow_constants:
-        return _keep(given, 1, axis.varying())
+        return keep(given, 1, axis.varying())
     weight, bias = numbers(module.weight, len(axis), 1.0), numbers(module.bias, len(axis), 0.0)
     grid = axis.constant.reshape(module.num_groups, -1)
     equal = np.repeat((grid == grid[:, :1]).all(axis=1), grid.shape[1])  # a constant group is normalised to zero
-    return _keep(given, 1, axis.with_constant(np.where((weight == 0) | equal, bias, np.nan)))
+    return keep(given, 1, axis.with_constant(np.where((weight == 0) | equal, bias, np.nan)))
 
 
 @transfer("layer_norm")
@@ -326,17 +331,17 @@ def _layer_norm(walk: Walk, node: fx.Node) -> Axes:
     dimensions = 1 if not hasattr(module, "normalized_shape") else len(module.normalized_shape)
     if dimensions != 1:
         walk.freeze_all(given[-dimensions:], f"normalised together with positions by {node.target}")
-        return _fixed(info(node).value)  # type: ignore[no-any-return]
+        return fixed(info(node).value)  # type: ignore[no-any-return]
     for tensor in (module.weight, module.bias):
         walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
     if axis is None:
         return given
     harmless = ~np.isnan(axis.constant) & walk.called_once(node)
-    _read(walk, node, axis, harmless, f"a channel that varies is part of the statistics of {node.target}")
+    read(walk, node, axis, harmless, f"a channel that varies is part of the statistics of {node.target}")
     if not walk.follow_constants:
-        return _keep(given, len(given) - 1, axis.varying())
+        return keep(given, len(given) - 1, axis.varying())
     weight, bias = numbers(module.weight, len(axis), 1.0), numbers(module.bias, len(axis), 0.0)
-    return _keep(given, len(given) - 1, axis.with_constant(np.where(weight == 0, bias, np.nan)))
+    return keep(given, len(given) - 1, axis.with_constant(np.where(weight == 0, bias, np.nan)))
 
 
 @transfer("prelu")
@@ -370,23 +375,23 @@ def _local_response_norm(walk: Walk, node: fx.Node) -> Axes:
 # -- elementwise ----------------------------------------------------------------------------------------------------
 
 #: Functions of NaN that are not NaN: a constant that is not known would seem to be.
-_HIDES_NAN = {"isnan", "logical_not", "nan_to_num", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill", "pow",
-              "maximum", "minimum", "zeros_like", "ones_like", "to"}  # fmt: skip
+_HIDES_NAN = {"isnan", "logical_not", "nan_to_num", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
+              "maximum", "minimum", "zeros_like", "ones_like"}  # fmt: skip
 
 
 def _elementwise(walk: Walk, node: fx.Node) -> Any:
     """Every tensor is broadcast to the result's shape; where two have an axis, equal indices are tied."""
     value = info(node).value
     if not isinstance(value, TensorInfo):
-        return _fixed(value)
+        return fixed(value)
     operands = [source for source in node.all_input_nodes if isinstance(info(source).value, TensorInfo)]
     rank, found = len(value.shape), []
     for dimension in range(rank):
         axis: Axis | None = None
         met = False
         for operand in operands:
-            position = dimension - (rank - len(_shape(operand)))
-            if position < 0 or (_shape(operand)[position] == 1 and value.shape[dimension] != 1):
+            position = dimension - (rank - len(shape_of(operand)))
+            if position < 0 or (shape_of(operand)[position] == 1 and value.shape[dimension] != 1):
                 continue
             other = walk.of(operand)[position]
             why = f"{ops.kind(node)} ({node.name}) ties it to a dimension of fixed size"
@@ -400,9 +405,10 @@ def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> F
     """Constants of an elementwise result along one dimension, by calling the function on those of its inputs."""
     unknown = np.full(size, np.nan)
     kind = ops.kind(node)
-    if not walk.follow_constants or kind in _HIDES_NAN or (node.op == "call_module" and kind != "dropout"):
+    hides = kind in _HIDES_NAN or (kind == "pow" and not _is_power(node))
+    if not walk.follow_constants or hides or (node.op == "call_module" and kind != "dropout"):
         return unknown
-    if kind in ("identity", "dropout", "dropout_function"):
+    if kind in ("identity", "dropout", "dropout_function", "to"):
         return _operand_constants(walk, node, node.all_input_nodes[0], dimension, size)
     if node.op != "call_function":
         return unknown
@@ -423,6 +429,11 @@ def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> F
     return _zero_product(kind, list(constants.values()), np.broadcast_to(result, (size,)).astype(np.float64))
 
 
+def _is_power(node: fx.Node) -> bool:
+    """Whether a tensor is raised to a number other than zero (NaN to the power of zero is 1)."""
+    return isinstance(node.args[0], fx.Node) and isinstance(node.args[1], (int, float)) and node.args[1] != 0
+
+
 def _zero_product(kind: str, constants: Sequence[Floats], result: Floats) -> Floats:
     """Zero times anything finite is zero, also where the other factor varies."""
     if kind == "mul":
@@ -433,8 +444,8 @@ def _zero_product(kind: str, constants: Sequence[Floats], result: Floats) -> Flo
 
 
 def _operand_constants(walk: Walk, node: fx.Node, operand: fx.Node, dimension: int, size: int) -> Floats:
-    rank = len(_shape(node))
-    position = dimension - (rank - len(_shape(operand)))
+    rank = len(shape_of(node))
+    position = dimension - (rank - len(shape_of(operand)))
     axes = walk.of(operand)
     if position < 0 or axes[position] is None:
         return np.full(size, np.nan)
@@ -452,25 +463,25 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
     if ops.kind(node) == "ordered_dict":
         for source in node.all_input_nodes:
             walk.freeze_all(walk.axes.get(source), "output of the model")
-    return _fixed(info(node).value)
+    return fixed(info(node).value)
 
 
 @transfer("cat")
 def _cat(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
     if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
-        return _freeze(walk, node)
-    tensors = [source for source in arguments["tensors"] if _shape(source) != (0,)]
-    rank = len(_shape(node))
+        return freeze_node(walk, node)
+    tensors = [source for source in arguments["tensors"] if shape_of(source) != (0,)]
+    rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank
     found: list[Axis | None] = []
     for dimension in range(rank):
         parts = [walk.of(tensor)[dimension] for tensor in tensors]
         if dimension == along:
-            sizes = [_shape(tensor)[dimension] for tensor in tensors]
+            sizes = [shape_of(tensor)[dimension] for tensor in tensors]
             found.append(_join(walk, parts, sizes, f"concatenated in {node.name} with a tensor of fixed size"))
         else:
-            found.append(_tie_all(walk, parts, f"concatenated in {node.name} beside a tensor of fixed size"))
+            found.append(tie_all(walk, parts, f"concatenated in {node.name} beside a tensor of fixed size"))
     return tuple(found)
 
 
@@ -489,7 +500,8 @@ def _join(walk: Walk, parts: list[Axis | None], sizes: list[int], why: str) -> A
     return Axis(np.concatenate(atoms, axis=1), np.concatenate([piece.constant for piece in pieces]))
 
 
-def _tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
+def tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
+    """Let equal indices of several axes live and die together."""
     axis = parts[0]
     for part in parts[1:]:
         axis = walk.tie(axis, part, why)
@@ -503,12 +515,12 @@ def _tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
 def _stack(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
     if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
-        return _freeze(walk, node)
+        return freeze_node(walk, node)
     tensors = list(arguments["tensors"])
-    rank = len(_shape(node))
+    rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank
     tied = [
-        _tie_all(walk, [walk.of(tensor)[dimension] for tensor in tensors], f"stacked in {node.name}")
+        tie_all(walk, [walk.of(tensor)[dimension] for tensor in tensors], f"stacked in {node.name}")
         for dimension in range(rank - 1)
     ]
     return (*tied[:along], None, *tied[along:])
@@ -518,7 +530,7 @@ def _stack(walk: Walk, node: fx.Node) -> Any:
 def _split(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
     source = node.all_input_nodes[0]
-    given, along = walk.of(source), int(arguments["dim"]) % max(len(_shape(source)), 1)
+    given, along = walk.of(source), int(arguments["dim"]) % max(len(shape_of(source)), 1)
     if ops.kind(node) == "unbind":
         walk.freeze(given[along], f"taken apart one by one in {node.name}")
         return tuple((*given[:along], *given[along + 1 :]) for _ in info(node).value)
@@ -526,7 +538,7 @@ def _split(walk: Walk, node: fx.Node) -> Any:
     for piece in info(node).value:
         stop = start + piece.shape[along]
         axis = given[along]
-        pieces.append(_keep(given, along, axis and axis.take(slice(start, stop))))
+        pieces.append(keep(given, along, axis and axis.take(slice(start, stop))))
         start = stop
     return tuple(pieces)
 
@@ -539,14 +551,13 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
     if not isinstance(value, TensorInfo):
         found = walk.axes.get(source, ()) if isinstance(source, fx.Node) else ()
         if isinstance(info(node).value, (TensorInfo, tuple, list, dict)) and not isinstance(index, (fx.Node, slice)):
-            return found[index] if isinstance(found, (tuple, dict)) and found else _fixed(info(node).value)
+            return found[index] if isinstance(found, (tuple, dict)) and found else fixed(info(node).value)
         walk.freeze_all(found, f"selected by an index that is not fixed ({node.name})")
-        return _fixed(info(node).value)
+        return fixed(info(node).value)
     items = normalised_index(index, len(value.shape))
     given = walk.of(source)
     if items is None:
-        walk.freeze_all(given, f"indexed by a tensor ({node.name})")
-        return _fixed(info(node).value)
+        return _gather(walk, node, given, index)
     axes: list[Axis | None] = []
     position = 0
     for item in items:
@@ -560,6 +571,21 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
             walk.freeze(axis, f"one index of it is selected in {node.name}")
         position += 1
     return tuple(axes)
+
+
+def _gather(walk: Walk, node: fx.Node, given: Axes, index: Any) -> Any:
+    """One tensor as index, the first dimensions whole: that dimension stays, the others pass (a table of biases)."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    place = next((i for i, item in enumerate(items) if isinstance(item, fx.Node)), 0)
+    rest = [item for i, item in enumerate(items) if i != place]
+    chosen = info(items[place]).value if isinstance(items[place], fx.Node) else None
+    whole = all(isinstance(item, slice) and item == slice(None) for item in rest)
+    if not whole or not isinstance(chosen, TensorInfo) or chosen.dtype in (torch.bool, torch.uint8):
+        walk.freeze_all(given, f"indexed by tensors ({node.name})")
+        return fixed(info(node).value)
+    walk.freeze(given[place], f"indexed by a tensor ({node.name})")
+    others = [axis and axis.varying() for axis in given]
+    return (*others[:place], *[None] * len(chosen.shape), *others[place + 1 :])
 
 
 def normalised_index(index: Any, rank: int) -> list[Any] | None:
@@ -596,13 +622,83 @@ def _narrow(walk: Walk, node: fx.Node) -> Axes:
     walk.freeze(given[along], f"indices of it are selected in {node.name}")
     if ops.kind(node) == "select":
         return (*given[:along], *given[along + 1 :])
-    return _keep(given, along, None)
+    return keep(given, along, None)
 
 
 @transfer("flatten", "unflatten", "reshape", "view_as", "squeeze", "unsqueeze")
 def _reshape(walk: Walk, node: fx.Node) -> Axes:
+    """A dimension that is cut is one choice, or several where a product reads its parts (attention heads)."""
     source = node.all_input_nodes[0]
-    return regroup(walk, walk.of(source), _shape(source), _shape(node))
+    given = walk.of(source)
+    found = regroup(walk, given, shape_of(source), shape_of(node), every_part=_meets_a_product(node))
+    sizes = ops.arguments(node).get("shape") if ops.kind(node) == "reshape" else None
+    for axis, size in zip(found, sizes if isinstance(sizes, (tuple, list)) else (), strict=False):
+        if axis is not None and isinstance(size, fx.Node) and not _follows(walk, size, given):
+            walk.freeze(axis, f"its size is computed at run time in {node.name}")
+    return found
+
+
+#: Kinds that multiply tensors with one another.
+PRODUCTS = frozenset({"matmul", "bmm", "einsum", "attention", "baddbmm"})
+
+#: Kinds behind which a dimension is no longer the one that was cut.
+_MIXING = frozenset({"reshape", "flatten", "conv", "conv_transpose", "linear", "output"})
+
+
+def _meets_a_product(node: fx.Node) -> bool:
+    """Whether what a reshape makes is read by a matrix product before it is reshaped or mixed again."""
+    front, seen = list(node.users), set(node.users)
+    while front:
+        user = front.pop()
+        kind = ops.kind(user)
+        if kind in PRODUCTS:
+            return True
+        if kind not in _MIXING:
+            new = [one for one in user.users if one not in seen]
+            seen.update(new)
+            front += new
+    return False
+
+
+def _follows(walk: Walk, size: fx.Node, given: Axes) -> bool:
+    """Whether a size that is computed at run time will be right after channels of the given axes have gone."""
+    if size in walk.sizes:
+        return True  # a number: it is written anew
+    known = {axis.atoms.tobytes() for axis in given if axis is not None}
+    leaves, seen = [size], {size}
+    while leaves:
+        leaf = leaves.pop()
+        axis = _measured_axis(walk, leaf)
+        if axis is not None and axis.atoms.tobytes() not in known:
+            return False
+        if ops.kind(leaf) != "size":
+            new = [one for one in leaf.all_input_nodes if one not in seen]
+            seen.update(new)
+            leaves += new
+    return True
+
+
+def _measured_axis(walk: Walk, node: fx.Node) -> Axis | None:
+    """The axis whose size a node reads: x.size(1), or x.size()[1]."""
+    kind = ops.kind(node)
+    if kind == "size" and len(node.args) == 2 and isinstance(node.args[1], int):
+        axes = walk.of(node.args[0])
+        return axes[node.args[1]] if axes else None
+    if kind == "getitem" and isinstance(node.args[0], fx.Node) and ops.kind(node.args[0]) == "size":
+        axes, index = walk.of(node.args[0].args[0]), node.args[1]
+        return axes[index] if axes and isinstance(index, int) and len(node.args[0].args) == 1 else None
+    return None
+
+
+def note_sizes(walk: Walk, node: fx.Node) -> None:
+    """Remember numbers that are computed from sizes of channel dimensions only, which no input changes."""
+    value = info(node).value
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    sources = node.all_input_nodes
+    computed = ops.kind(node) not in ("size", "getitem") and sources and all(one in walk.sizes for one in sources)
+    if computed or _measured_axis(walk, node) is not None:
+        walk.sizes.add(node)
 
 
 @transfer("permute")
@@ -639,7 +735,7 @@ def _flip(walk: Walk, node: fx.Node) -> Axes:
 @transfer("expand", "expand_as", "broadcast_to")
 def _expand(walk: Walk, node: fx.Node) -> Axes:
     source = node.all_input_nodes[0]
-    given, shape = walk.of(source), _shape(node)
+    given, shape = walk.of(source), shape_of(node)
     added = len(shape) - len(given)
     return (*[None] * added, *(axis if len(axis or ()) == shape[added + i] else None for i, axis in enumerate(given)))
 
@@ -647,12 +743,22 @@ def _expand(walk: Walk, node: fx.Node) -> Axes:
 @transfer("repeat")
 def _repeat(walk: Walk, node: fx.Node) -> Axes:
     source = node.all_input_nodes[0]
-    given, old, new = walk.of(source), _shape(source), _shape(node)
+    given, old, new = walk.of(source), shape_of(source), shape_of(node)
     added = len(new) - len(old)
     return (
         *[None] * added,
         *(axis and axis.take(np.tile(np.arange(old[i]), new[added + i] // old[i])) for i, axis in enumerate(given)),
     )
+
+
+@transfer("repeat_interleave")
+def _repeat_interleave(walk: Walk, node: fx.Node) -> Any:
+    arguments = ops.arguments(node)
+    given, dim, repeats = walk.of(arguments["input"]), arguments["dim"], arguments["repeats"]
+    if not isinstance(dim, int) or not isinstance(repeats, int):
+        return freeze_node(walk, node)
+    axis = given[dim]
+    return keep(given, dim % len(given), axis and axis.take(np.repeat(np.arange(len(axis)), repeats)))
 
 
 @transfer("channel_shuffle")
@@ -665,7 +771,7 @@ def _channel_shuffle(walk: Walk, node: fx.Node) -> Axes:
         return given
     rows = axis.atoms.reshape(len(axis.atoms), groups, -1)
     walk.link(np.broadcast_to(rows[:, :1], rows.shape), rows)
-    return _keep(given, 1, axis.take(np.arange(len(axis)).reshape(groups, -1).T.ravel()))
+    return keep(given, 1, axis.take(np.arange(len(axis)).reshape(groups, -1).T.ravel()))
 
 
 @transfer("pixel_shuffle")
@@ -704,12 +810,12 @@ def _pool(walk: Walk, node: fx.Node) -> Any:
     value = info(node).value
     given = walk.of(source)
     if not isinstance(value, TensorInfo):
-        return _freeze(walk, node)
+        return freeze_node(walk, node)
     spatial = len(given) - 2 if ops.kind(node) == "interpolate" else _spatial(node)
     walk.freeze_all(given[len(given) - spatial :], f"pooled or resized in {node.name}")
     kept: list[Axis | None] = list(given[: len(given) - spatial])
     if ops.kind(node) == "avg_pool" and not _averages_constants(arguments):
-        kept = [axis and axis.with_constant(_only_zero(axis.constant)) for axis in kept]
+        kept = [axis and axis.with_constant(only_zero(axis.constant)) for axis in kept]
     return (*kept, *[None] * spatial)
 
 
@@ -724,7 +830,8 @@ def _averages_constants(arguments: dict[str, Any]) -> bool:
     return arguments.get("divisor_override") is None and not (padded and arguments["count_include_pad"])
 
 
-def _only_zero(constant: Floats) -> Floats:
+def only_zero(constant: Floats) -> Floats:
+    """Return the constants that are zero; the others are not known any more."""
     return np.where(constant == 0, 0.0, np.nan)
 
 
@@ -736,7 +843,7 @@ def _pad(walk: Walk, node: fx.Node) -> Axes:
     amounts, mode = arguments["pad"], arguments["mode"]
     if any(isinstance(amount, fx.Node) for amount in amounts):
         walk.freeze_all(given, f"padded by an amount known only at run time in {node.name}")
-        return _fixed(info(node).value)  # type: ignore[no-any-return]
+        return fixed(info(node).value)  # type: ignore[no-any-return]
     value = float(arguments["value"] or 0.0)
     pairs = [(0, 0)] * (len(given) - len(amounts) // 2) + [
         (int(amounts[i]), int(amounts[i + 1])) for i in range(len(amounts) - 2, -1, -2)
@@ -778,13 +885,13 @@ def _reduce(walk: Walk, node: fx.Node) -> Axes:
     reduced = {int(dimension) % len(given) for dimension in dims}
     for dimension in reduced:
         axis = given[dimension]
-        if axis is not None and kind == "sum":
-            _read(walk, node, axis, axis.constant == 0, f"a channel that is not zero is summed up in {node.name}")
+        if axis is not None and (kind == "sum" or (kind == "mean" and len(reduced) == 1)):
+            read(walk, node, axis, axis.constant == 0, f"a channel that is not zero is summed up in {node.name}")
         else:
             walk.freeze(axis, f"{kind} over the channels ({node.name})")
     if kind in ("softmax", "log_softmax", "normalize", "cumsum"):
         return tuple(None if i in reduced else axis and axis.varying() for i, axis in enumerate(given))
-    keeps = (lambda c: c) if kind in ("mean", "amax", "amin") else _only_zero
+    keeps = (lambda c: c) if kind in ("mean", "amax", "amin") else only_zero
     found: list[Axis | None] = []
     for dimension, axis in enumerate(given):
         if dimension not in reduced:

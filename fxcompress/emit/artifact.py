@@ -28,7 +28,7 @@ import fxcompress
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.encoding import GraphReader, check_name, check_path, decode, encode, encode_graph
 from fxcompress.emit.vocabulary import Vocabulary
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, UnsupportedError
 from fxcompress.graph.metadata import GraphInfo, Stage, graph_info
 from fxcompress.report import Report
 
@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 _KEY = "fxcompress"
 _NO_DIGEST = "0" * 64
 _DIGEST_PREFIX = '\\"sha256\\": \\"'  # as it stands in the file: JSON inside a JSON string
+_LONGEST = 90_000_000  # safetensors reads headers of up to 100 MB
 _HOLDER = "Module"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -72,6 +73,8 @@ def save(
         "report": _describe_report(getattr(module, "report", None)),
     }
     text = json.dumps(document, allow_nan=False)
+    if len(text) > _LONGEST:
+        raise ArtifactError(f"the graph is too large to be saved: {len(text):,} bytes, {_LONGEST:,} are the most")
     _rehearse(text, tensors, vocabulary)
     return _write(Path(path).resolve(), tensors, text)
 
@@ -276,8 +279,9 @@ def load(
 
     Raises:
         ArtifactError: the file is missing, truncated, altered, written by a newer version, or holds what it may not.
+        UnsupportedError: there is no such device.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), _available(device)
     vocabulary = Vocabulary.of(functions, modules)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -293,6 +297,14 @@ def load(
         raise ArtifactError(
             f"cannot load {str(path)!r}: its content makes no sense ({type(error).__name__}: {error})"
         ) from error
+
+
+def _available(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on how it was built
+        reason = str(error).strip().split("\n")[0]
+        raise UnsupportedError(f"cannot load to device {str(device)!r}: {reason}") from error
 
 
 def _read_document(path: Path, file: Any) -> dict[str, Json]:

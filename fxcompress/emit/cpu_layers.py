@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
+from fxcompress.emit import onednn
+from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
 from fxcompress.errors import OptionError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
@@ -75,7 +76,8 @@ class Int8Layer(Kernel):
         output: grid of the result; None: the result is float32.
         activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
         residual: grid of a second input, which is added before the activation; "float": it is float32; None: there is
-            no second input.
+            no second input. It may have any shape that broadcasts with the result's; one that is not the same takes an
+            add of its own.
         overwrite: whether the result may use the memory of the second input.
     """
 
@@ -147,14 +149,44 @@ class Int8Layer(Kernel):
     def _with_kernel(self, input: torch.Tensor) -> Run:
         word, arguments, algorithm = self._kernel_activation()
         if self.residual is None and word in self._words():
-            return self._clamped(self._kernel(input, word, arguments, algorithm))
+            return self._clamped(
+                onednn.ByShape(
+                    lambda x: self._primitive(x, word, arguments, algorithm),
+                    lambda x: self._kernel(x, word, arguments, algorithm),
+                )
+            )
         same_kind = isinstance(self.residual, Grid) == (self.output is not None)
         if self.residual is not None and same_kind and word in self._summing_words():
-            return self._clamped(self._summing_kernel(input, word))
+            kernel = onednn.ByShape(
+                lambda x: self._primitive(x, word, arguments, algorithm), lambda x: self._summing_kernel(x, word)
+            )
+            return self._summing(self._clamped(kernel))
         return self._finishing_outside(input)
 
+    def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        """Return a function of the input, and of the residual if there is one, that executes a prepared primitive.
+
+        Raises:
+            KernelUnavailable: there is none for this layer.
+        """
+        raise NotImplementedError
+
+    def _attributes(self, word: str, arguments: list[Any], algorithm: str, weight_mask: int) -> onednn.Attributes:
+        """Scales of the layer, and the operations behind its products."""
+        made = onednn.Attributes()
+        made.scale(onednn.SOURCE, torch.tensor(self.input.scale))
+        made.scale(onednn.WEIGHTS, self.weight_scale, weight_mask)
+        scale, zero_point, dtype = self._result()
+        if dtype == torch.uint8:
+            made.scale(onednn.RESULT, torch.tensor(scale))
+            made.zero_point(onednn.RESULT, zero_point)
+        if self.residual is not None:
+            made.add_to_result(*self._accumulator(), dtype)
+        made.activation(word, arguments, algorithm)
+        return made
+
     def _kernel(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
-        """Return a function of the input that calls the kernel."""
+        """Return a function of the input that calls PyTorch's operator."""
         raise NotImplementedError
 
     def _words(self) -> tuple[str, ...]:
@@ -166,7 +198,28 @@ class Int8Layer(Kernel):
         raise NotImplementedError
 
     def _summing_kernel(self, input: torch.Tensor, word: str) -> Run:
-        """Return a function of the input and the residual that calls the kernel."""
+        """Return a function of the input and the residual that calls PyTorch's operator."""
+        raise NotImplementedError
+
+    def _summing(self, kernel: Run) -> Run:
+        """The summing kernel for a residual of the result's shape, which it takes for granted; an add for any other."""
+        apart: Run | None = None
+        fitting: tuple[torch.Size, torch.Size] | None = None  # the shapes of the last call
+
+        def run(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            nonlocal apart, fitting
+            shapes = (x.shape, residual.shape)
+            if shapes != fitting:
+                if residual.shape != self._result_shape(x.shape):
+                    apart = apart or self._finishing_outside(x)
+                    return apart(x, residual)
+                fitting = shapes
+            return kernel(x, residual)
+
+        return run
+
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        """The shape of the layer's own result, without a residual."""
         raise NotImplementedError
 
     def _finishing_outside(self, input: torch.Tensor) -> Run:
@@ -213,7 +266,7 @@ class Int8Layer(Kernel):
 
     def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         if residual is not None:
-            result = result.add_(real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
+            result = result + (real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
         if self.activation is not None:
             result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
         return result if self.output is None else integers(result, self.output)
@@ -311,6 +364,14 @@ class Int8Conv(Int8Layer):
         convolve = _CONVOLUTIONS[len(self.kernel_size)]
         return convolve(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        sizes = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(input[-len(self.stride) :], *geometry, strict=True)
+        ]
+        return (*input[: -len(self.stride) - 1], self.out_channels, *sizes)
+
     # A kernel with one spatial dimension knows few activations and no sum, so that one is made two.
 
     def _words(self) -> tuple[str, ...]:
@@ -319,8 +380,37 @@ class Int8Conv(Int8Layer):
     def _summing_words(self) -> tuple[str, ...]:
         return () if len(self.kernel_size) == 3 else ("none", "relu")
 
+    def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        enter = self._entrance()
+        x = input if enter is None else enter(input)
+        padding = self.padding if enter is None else [0] * len(self.padding)
+        dtype = self._result()[2]
+        shape = self._result_shape(input.shape)
+        if len(shape) != len(self.stride) + 2:
+            raise onednn.KernelUnavailable("an image without a batch dimension")
+        taken, made = channels_last_strides(x.shape), channels_last_strides(shape)
+        primitive = onednn.convolution(
+            onednn.Memory(x.shape, torch.uint8, taken), self.weight, self._bias_with_zero_point(),
+            onednn.Memory(shape, dtype, made), (self.stride, padding, self.dilation, self.groups),
+            self._attributes(word, arguments, algorithm, 3 if self.groups > 1 else 1),
+        )  # fmt: skip
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if enter is not None:
+                x = enter(x)
+            if residual is None:
+                result = torch.empty_strided(shape, made, dtype=dtype)
+            elif self.overwrite and residual.stride() == made:
+                result = residual
+            else:
+                result = torch.empty_strided(shape, made, dtype=dtype).copy_(residual)
+            primitive(laid_out(x, taken), result)
+            return result
+
+        return run
+
     def _packed(self, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The kernel's arguments from the input's scale to the weight, and from the bias to the dtype of the result.
+        """The operator's arguments from the input's scale to the weight, and from the bias to the dtype of the result.
 
         The input's zero point costs the kernel up to twice its time, so it is folded into the bias; `_entrance` does
         the padding that it stands for.
@@ -406,6 +496,31 @@ class Int8Linear(Int8Layer):
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(input, weight, self.bias)
+
+    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
+        return (*input[:-1], self.out_features)
+
+    def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
+        dtype = self._result()[2]
+        rows, shape = input.numel() // self.in_features, self._result_shape(input.shape)
+        primitive = onednn.linear(
+            onednn.Memory((rows, self.in_features), torch.uint8, (self.in_features, 1)), self.weight,
+            self._bias_with_zero_point(),
+            onednn.Memory((rows, self.out_features), dtype, (self.out_features, 1)),
+            self._attributes(word, arguments, algorithm, 1),
+        )  # fmt: skip
+
+        def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            if residual is None:
+                result = torch.empty(shape, dtype=dtype)
+            elif self.overwrite:
+                result = residual.contiguous()
+            else:
+                result = residual.clone(memory_format=torch.contiguous_format)
+            primitive(x.contiguous(), result)
+            return result
+
+        return run
 
     def _packed(self) -> tuple[Any, ...]:
         weight = torch.ops.onednn.qlinear_prepack(self.weight, None)

@@ -14,6 +14,19 @@ from fxcompress.quant.spec import Grid
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a tensor (batch, channels, *spatial) whose channels lie side by side."""
+    strides, step = [0] * len(shape), 1
+    for axis in (1, *reversed(range(2, len(shape))), 0):
+        strides[axis], step = step, step * shape[axis]
+    return tuple(strides)
+
+
+def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor with the given strides: the same one, if it has them."""
+    return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
 class Kernel(nn.Module):
     """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`."""
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxcompress.emit import onednn
 from fxcompress.emit.cpu_layers import Int8Conv
-from fxcompress.emit.cpu_numbers import Kernel, integers, real, without_kernels
+from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
 
@@ -122,6 +123,7 @@ class Int8MaxPool(Kernel):
         self.kernel_size, self.stride = list(kernel_size), list(stride)
         self.padding, self.dilation = list(padding), list(dilation)
         self.ceil_mode = bool(ceil_mode)
+        self._run: onednn.Run | None = None  # derived at the first call
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
@@ -135,13 +137,41 @@ class Int8MaxPool(Kernel):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the maxima of a tensor of shape (..., *spatial)."""
-        dimensions = len(self.kernel_size)
+        if without_kernels(input) or input.ndim != len(self.kernel_size) + 2 or not cpu_features().kernels:
+            return self._in_slices(input)
+        self._run = self._run or onednn.ByShape(self._primitive, lambda x: self._in_slices)
+        return self._run(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}
+
+    def _primitive(self, input: torch.Tensor) -> onednn.Run:
+        sizes, pads = self._geometry(input)
+        shape = (*input.shape[:2], *sizes)
+        taken, made = channels_last_strides(input.shape), channels_last_strides(shape)
+        primitive = onednn.max_pooling(
+            onednn.Memory(input.shape, torch.uint8, taken), onednn.Memory(shape, torch.uint8, made),
+            self.kernel_size, self.stride, self.dilation, *zip(*pads, strict=True),
+        )  # fmt: skip
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            result = torch.empty_strided(shape, made, dtype=torch.uint8)
+            primitive(laid_out(x, taken), result)
+            return result
+
+        return run
+
+    def _geometry(self, input: torch.Tensor) -> tuple[list[int], list[tuple[int, int]]]:
+        """Sizes of the result, and the padding before and behind, of every spatial dimension."""
         sizes, pads = [], []
-        for index in range(dimensions):
-            size = input.shape[index - dimensions]
-            count, behind = self._windows(index, int(size))
+        for index in range(len(self.kernel_size)):
+            count, behind = self._windows(index, int(input.shape[index - len(self.kernel_size)]))
             sizes.append(count)
             pads.append((self.padding[index], behind))
+        return sizes, pads
+
+    def _in_slices(self, input: torch.Tensor) -> torch.Tensor:
+        sizes, pads = self._geometry(input)
         if any(before > 0 or behind > 0 for before, behind in pads):
             flat = [amount for pair in reversed(pads) for amount in (pair[0], max(pair[1], 0))]
             input = F.pad(input, flat, value=0)  # the smallest number of every grid

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fxcompress.errors import VerificationError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.shapes import evaluation
+from fxcompress.graph.snapshot import Snapshot
 
 
 def tolerance(dtype: torch.dtype, operations: int) -> float:
@@ -85,9 +86,7 @@ def run(module: torch.nn.Module, inputs: ExampleInputs) -> Any:
         return inputs.map(lambda tensor: tensor.detach().clone()).call(module)
 
 
-def require_equal(
-    before: fx.GraphModule, after: fx.GraphModule, inputs: ExampleInputs, expected: Any, title: str
-) -> Any:
+def require_equal(before: Snapshot, after: fx.GraphModule, inputs: ExampleInputs, expected: Any, title: str) -> Any:
     """Compare `after` with the outputs expected of `before` and return its outputs.
 
     Raises:
@@ -95,12 +94,12 @@ def require_equal(
     """
     found = run(after, inputs)
     gap = difference(expected, found)
-    limit = tolerance(coarsest_dtype(expected), len(before.graph.nodes))
+    limit = tolerance(coarsest_dtype(expected), len(before.nodes))
     if gap.relative <= limit:
         return found
     raise VerificationError(
         f"{title} changed the outputs: {gap.where} (relative {gap.relative:.2g}, allowed {limit:.2g}). "
-        f"{first_difference(before, after, inputs, limit)}"
+        f"{first_difference(before.restore(), after, inputs, limit)}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from typing import Any
 
@@ -20,36 +19,6 @@ def attribute(root: nn.Module, path: str) -> Any:
             raise PassError(f"the module has no attribute {path!r}")
         found = getattr(found, name)
     return found
-
-
-def snapshot(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph module that shares its tensors: cheap, and safe from edits that replace tensors."""
-    copies: dict[int, nn.Module] = {}
-
-    def duplicate(module: nn.Module) -> nn.Module:
-        if isinstance(module, fx.GraphModule):  # a region: passes edit it by itself, and a copy would own its graph
-            return module
-        if id(module) not in copies:
-            twin = copies[id(module)] = copy.copy(module) if type(module) is not nn.Module else nn.Module()
-            twin.__dict__.update(
-                {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-            )
-            twin._modules = {name: child and duplicate(child) for name, child in module._modules.items()}
-        return copies[id(module)]
-
-    root = nn.Module()
-    root._modules = {name: child and duplicate(child) for name, child in graph_module._modules.items()}
-    root._parameters, root._buffers = dict(graph_module._parameters), dict(graph_module._buffers)
-    root.training = graph_module.training
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in graph_module.graph.nodes:
-        nodes[node] = graph.node_copy(node, lambda n: nodes[n])
-    twin = fx.GraphModule(root, graph, type(graph_module).__name__)
-    for path, module in twin.named_modules():
-        module.training = graph_module.get_submodule(path).training
-    twin.meta = dict(graph_module.meta)
-    return twin
 
 
 def owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:

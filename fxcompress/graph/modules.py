@@ -140,5 +140,48 @@ class PartialLayerNorm(nn.Module):
         return cls(config["stored"], config["width"], config["eps"], config["affine"], config["bias"])
 
 
+class PartialRMSNorm(nn.Module):
+    """Normalisation by the root mean square over the last axis, of which only some entries are stored.
+
+    The removed entries carried zeros, so that only their number matters: x / sqrt(sum(x^2) / width + eps).
+
+    Args:
+        stored: number of entries stored, the size of the last axis of the input.
+        width: number of entries of the layer before removal.
+        eps: added to the mean square; None: the smallest step of the input's dtype at 1.
+        affine: whether there is a weight of shape (stored,).
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, stored: int, width: int, eps: float | None = None, affine: bool = True) -> None:
+        super().__init__()
+        self.stored, self.width, self.eps = int(stored), int(width), eps
+        self.register_parameter("weight", nn.Parameter(torch.ones(stored)) if affine else None)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `input` of shape (..., stored)."""
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        result = input * torch.rsqrt(input.square().sum(-1, keepdim=True) / self.width + eps)
+        return result if self.weight is None else result * self.weight
+
+    def extra_repr(self) -> str:
+        """Options for the printed module."""
+        return f"{self.stored} of {self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"stored": self.stored, "width": self.width, "eps": self.eps, "affine": self.weight is not None}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PartialRMSNorm:
+        """Build the module that `config()` described."""
+        return cls(config["stored"], config["width"], config["eps"], config["affine"])
+
+
 #: Every module class of this file, by the name that the artefact writes.
-MODULES: dict[str, Any] = {"StochasticDepth": StochasticDepth, "PartialLayerNorm": PartialLayerNorm}
+MODULES: dict[str, Any] = {
+    "StochasticDepth": StochasticDepth,
+    "PartialLayerNorm": PartialLayerNorm,
+    "PartialRMSNorm": PartialRMSNorm,
+}

@@ -171,6 +171,8 @@ _op("roll", torch.roll, "input, shifts, dims=None", methods="roll")
 _op("pad", F.pad, "input, pad, mode=constant, value=None")
 _op("pixel_shuffle", F.pixel_shuffle, "input, upscale_factor")
 _op("pixel_unshuffle", F.pixel_unshuffle, "input, downscale_factor")
+_op("repeat_interleave", torch.repeat_interleave, "input, repeats, dim=None, output_size=None",
+    methods="repeat_interleave")  # fmt: skip
 _op("channel_shuffle", torch.channel_shuffle, "input, groups", aliases=(F.channel_shuffle,))
 _op("broadcast_to", torch.broadcast_to, "input, size", methods="broadcast_to", view=True)
 # Pooling and resizing
@@ -300,6 +302,7 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "layer_norm",
     own.PartialLayerNorm: "layer_norm",
     nn.RMSNorm: "rms_norm",
+    own.PartialRMSNorm: "rms_norm",
     nn.LocalResponseNorm: "local_response_norm",
     nn.PReLU: "prelu",
     nn.Embedding: "embedding",

@@ -12,11 +12,12 @@ from torch import fx
 
 from fxcompress.analysis.cost import Cost, cost, own_cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
-from fxcompress.graph import compare, edit, verify
+from fxcompress.graph import compare, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
 from fxcompress.graph.regions import regions
 from fxcompress.graph.shapes import propagate
+from fxcompress.graph.snapshot import Snapshot
 from fxcompress.pipeline import registry
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 from fxcompress.pipeline.pieces import run_in_pieces
@@ -117,25 +118,34 @@ class PassManager:
     ) -> tuple[fx.GraphModule, list[PassRow]]:
         """Run passes on one graph, in place where they work in place, and return the graph and one row per pass."""
         propagate(current, inputs)
+        spent = own_cost(current)
         rows: list[PassRow] = []
-        outputs: Any = None  # of the graph as it stands, where they are known
+        before: Snapshot | None = None  # of the graph as it stands, and its outputs, where they are known
+        outputs: Any = None
         for index, item in enumerate(passes):
             context.progress(str(item), index, len(passes))
             title = titles[index]
-            before = edit.snapshot(current) if self._checks(item) else None
-            if before is not None and outputs is None:
-                outputs = compare.run(before, inputs)
+            checked = self.verify and item.contract is Contract.EXACT
+            if checked and outputs is None:
+                outputs = compare.run(current, inputs)
+            before = before or Snapshot(current)
             started = time.perf_counter()
             result = _run_pass(item, current, context, title)
             seconds = time.perf_counter() - started
             current = result.graph_module
-            _finish(item, current, inputs, title)
+            changed = _is_changed(before, result, title)
+            if item.produces is not None:
+                graph_info(current).stage = item.produces
+            verify.verify(current, title)
             gap: float | None = None
-            if before is not None and result.modified:
-                expected, outputs = outputs, compare.require_equal(before, current, inputs, outputs, title)
-                gap = compare.difference(expected, outputs).relative
-            elif result.modified:
-                outputs = None
+            if changed:
+                _refresh(current, inputs, title)
+                spent = own_cost(current)
+                expected, outputs = outputs, None
+                if checked:
+                    outputs = compare.require_equal(before, current, inputs, expected, title)
+                    gap = compare.difference(expected, outputs).relative
+                before = None
             rows.append(
                 PassRow(
                     str(item),
@@ -143,7 +153,7 @@ class PassManager:
                     seconds,
                     result.modified,
                     result.edits,
-                    own_cost(current),
+                    spent,
                     result.notes,
                     result.metrics,
                     gap,
@@ -153,9 +163,6 @@ class PassManager:
                 self.dump(item.name, current)
         context.progress("done", len(passes), len(passes))
         return current, rows
-
-    def _checks(self, item: Pass) -> bool:
-        return self.verify and item.contract is Contract.EXACT
 
     def _with_canonicalize(self, graph_module: fx.GraphModule) -> list[Pass]:
         if graph_info(graph_module).canonical or any(item.name == "canonicalize" for item in self.passes):
@@ -220,11 +227,22 @@ def _run_pass(item: Pass, graph_module: fx.GraphModule, context: PassContext, ti
     return result
 
 
-def _finish(item: Pass, graph_module: fx.GraphModule, inputs: ExampleInputs, title: str) -> None:
-    """What happens after every pass: the stage moves on, the graph is checked, shapes are brought up to date."""
-    if item.produces is not None:
-        graph_info(graph_module).stage = item.produces
-    verify.verify(graph_module, title)
+def _is_changed(before: Snapshot, result: PassResult, title: str) -> bool:
+    """Whether a pass changed the graph, and whether it said so.
+
+    Raises:
+        PassError: it changed the graph and reported `modified=False`.
+    """
+    if result.graph_module is not before.graph_module:
+        return True
+    difference = before.changed_structure()
+    if difference is not None and not result.modified:
+        raise PassError(f"{title} reported modified=False, but changed {difference}")
+    return difference is not None or before.changed_state() is not None
+
+
+def _refresh(graph_module: fx.GraphModule, inputs: ExampleInputs, title: str) -> None:
+    """Bring code and shapes of a changed graph up to date."""
     graph_module.recompile()
     try:
         propagate(graph_module, inputs)

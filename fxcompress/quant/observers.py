@@ -323,6 +323,46 @@ def _squared_errors(
     return (steps - nearest).mul_(scale).square_().double() @ counts
 
 
+class ChannelMean(nn.Module):
+    """Keeps the mean of each channel of what passes: what a layer is given on average, for the correction of its bias.
+
+    Args:
+        channels: number of channels.
+        axis: where they lie, counted from the end: -3 for a convolution of images, -1 for a linear layer.
+    """
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, channels: int, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.recording = False
+        self.register_buffer("total", torch.zeros(channels, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` itself, after adding it up if `recording` is on."""
+        if self.recording and x.numel():
+            others = [axis for axis in range(-x.ndim, 0) if axis != self.axis]
+            self.total += x.detach().sum(others).double()
+            self.count += x.numel() // x.shape[self.axis]
+        return x
+
+    def reset(self) -> None:
+        """Forget everything recorded."""
+        self.total.zero_()
+        self.count.zero_()
+
+    def mean(self) -> torch.Tensor | None:
+        """Return the mean of each channel (float64), or None if nothing has been recorded."""
+        return self.total / self.count if self.count else None
+
+    def extra_repr(self) -> str:
+        """Size and place of the channels, for the printed module."""
+        return f"{len(self.total)}, axis={self.axis}"
+
+
 class ExternalObserver(nn.Module):
     """Makes an observer from elsewhere, `torch.ao`'s for example, follow `recording`.
 

@@ -18,8 +18,8 @@ REDUCED_WEIGHT_LIMIT = 64
 #: Significands of the scales of values: eighths from 1 to 1.5, times a power of two. See `QuantSpec`.
 VALUE_SIGNIFICANDS = (8, 9, 10, 11, 12)
 
-#: Significands of the scales of weights: eighths from 1 to 1.875, times a power of two.
-WEIGHT_SIGNIFICANDS = (8, 9, 10, 11, 12, 13, 14, 15)
+#: Significands of the scales of weights: quarters from 1 to 1.75, times a power of two.
+WEIGHT_SIGNIFICANDS = (4, 5, 6, 7)
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class QuantSpec:
     Why scales are so coarse by default: a float32 product of numbers on two such grids, and sums of thousands of them,
     need no more than 24 bits. A quantise-dequantise graph in float32 is then free of rounding errors, and a kernel that
     sums integers computes the same numbers bit for bit. With arbitrary scales the two round differently here and there,
-    and a deep network makes of one such difference a noise as loud as that of quantisation itself. Values leave out
-    odd zero points, because they turn "ties to even" around. Coarse scales cost about 1 dB.
+    and a deep network makes of one such difference a noise as loud as that of quantisation itself. Two more conditions
+    make sums on the edge between two integers fall to the same side. Zero points are even: odd ones would turn "ties to
+    even" around. And scales of values leave out 1.625 to 1.875, because a product with the float32 number next to 1/13,
+    1/7 or 1/15 does not hit the middle between two integers. Coarse scales cost about half a decibel.
     """
 
     dtype: torch.dtype = torch.uint8

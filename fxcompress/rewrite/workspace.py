@@ -202,10 +202,10 @@ class Workspace:
 def remove_module(graph_module: fx.GraphModule, path: str) -> None:
     """Take the module at `path` out of the graph module, and the masks of its parameters with it."""
     parent, name = edit.owner(graph_module, path)
-    delattr(parent, name)
     masks = graph_info(graph_module).masks
-    for masked in [masked for masked in masks if masked.startswith(f"{path}.")]:
-        del masks[masked]
+    for parameter, _ in getattr(parent, name).named_parameters(prefix=path):
+        masks.pop(parameter, None)
+    delattr(parent, name)
 
 
 def tensor_of(node: object) -> TensorInfo | None:

@@ -30,7 +30,7 @@ import fxcompress as fxc
 from fxcompress.emit import artifact
 from fxcompress.emit.encoding import decode, encode
 from fxcompress.emit.vocabulary import Vocabulary
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, UnsupportedError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import Stage, graph_info, info
 from fxcompress.report import Report, Totals
@@ -223,6 +223,41 @@ def test_a_loaded_float_model_trains_like_the_original(tmp_path: Path) -> None:
     before = losses(compact)
     assert losses(loaded) == before
     assert before[-1] < before[0]
+
+
+def test_a_loaded_float_model_is_compiled_further(tmp_path: Path) -> None:
+    """Prune here, save, load there, fine-tune, quantise: masks and names go with the file."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 6, 6)
+    batches = [(torch.randn(8, 1, 6, 6), torch.randint(3, (8,))) for _ in range(2)]
+    pruned = fxc.compile(Small(), "mask-weights{amount=0.5}", x)
+    pruned.save(tmp_path / "pruned.fxc")
+    loaded = fxc.load(tmp_path / "pruned.fxc")
+    zeros = loaded.get_parameter("linear.weight") == 0
+    assert zeros.sum() > 20
+    trained = fxc.compile(loaded, "train{epochs=2}", x, train_data=batches)
+    weight = trained.get_parameter("linear.weight")
+    assert torch.equal(weight == 0, zeros), "masks hold"
+    assert not torch.equal(weight, loaded.get_parameter("linear.weight"))
+    small = fxc.compile(trained, "fuse, quantize", x, calibration=[x])
+    small.save(tmp_path / "int8.fxc")
+    assert torch.equal(fxc.load(tmp_path / "int8.fxc")(x), small(x))
+
+
+def test_a_graph_too_large_for_the_format_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_LONGEST", 100)
+    compact = fxc.compile(Small(), [], torch.randn(4, 1, 6, 6))
+    with pytest.raises(ArtifactError, match="too large to be saved"):
+        compact.save(tmp_path / "model.fxc")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_named(saved: Path) -> None:
+    assert fxc.load(saved, device="meta").get_parameter("conv.weight").is_meta
+    with pytest.raises(UnsupportedError, match="cannot load to device 'nowhere'"):
+        fxc.load(saved, device="nowhere")
 
 
 def test_loading_needs_no_class_and_leaves_random_numbers_alone(saved: Path) -> None:

@@ -97,8 +97,10 @@ def unlabelled_photos(normalise: Normalise, count: int = 32) -> torch.Tensor:
     return torch.stack(crops)
 
 
-@pytest.mark.parametrize(("build", "normalise"), [(mobilenet_v2, imagenet_mean), (efficientnet_lite0, lite_mean)])
-def test_int8_keeps_the_answers_on_photos(build: Callable[[], nn.Module], normalise: Normalise) -> None:
+@pytest.mark.parametrize(
+    ("build", "normalise", "least"), [(mobilenet_v2, imagenet_mean, 16), (efficientnet_lite0, lite_mean, 22)]
+)
+def test_int8_keeps_the_answers_on_photos(build: Callable[[], nn.Module], normalise: Normalise, least: float) -> None:
     model = build()
     photos, labels = labelled_photos(normalise)
     calibration = unlabelled_photos(normalise).split(8)
@@ -110,4 +112,4 @@ def test_int8_keeps_the_answers_on_photos(build: Callable[[], nn.Module], normal
     assert len(photos) == 20
     assert right.sum() >= 17  # the float model is the one it should be
     assert (right & (found.argmax(1) != labels)).sum() <= 1
-    assert decibels(expected, found) >= 15
+    assert decibels(expected, found) >= least

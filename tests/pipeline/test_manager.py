@@ -167,3 +167,19 @@ def test_the_text_of_a_graph_is_stable() -> None:
 def test_a_manager_takes_only_traced_graphs() -> None:
     with pytest.raises(OptionError, match=r"make one with fxcompress\.trace"):
         fxc.PassManager([]).run(model(), X)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DeniedEdit(Edit):
+    """Edits the graph and says that it did not."""
+
+    name: ClassVar[str] = "denied-edit"
+
+    def run(self, graph_module: fx.GraphModule, context: fxc.PassContext) -> fxc.PassResult:
+        self.edit(graph_module)
+        return fxc.PassResult(graph_module, modified=False)
+
+
+def test_a_pass_that_edits_and_denies_it_is_found_out() -> None:
+    with pytest.raises(PassError, match=r"denied-edit.*modified=False, but changed node '_1'"):
+        fxc.compile(model(), [DeniedEdit(_relu_to_gelu)], X)

@@ -68,7 +68,7 @@ def test_integers_and_pytorchs_fake_quantisation_agree_bit_for_bit(seed: int, sp
     assert torch.equal(dequantize(integers, scale, zero_point), fake_quantize(x, scale, zero_point, spec))
 
 
-@pytest.mark.parametrize(("weight", "reached"), [(EXACT_WEIGHT, 127), (WEIGHT, 113)])  # a coarse grid is 9/8 too wide
+@pytest.mark.parametrize(("weight", "reached"), [(EXACT_WEIGHT, 127), (WEIGHT, 101)])  # coarse: up to 5/4 too wide
 @pytest.mark.parametrize("axis", [0, 1, 3])
 def test_channels_are_quantised_one_by_one(axis: int, weight: QuantSpec, reached: int) -> None:
     x = torch.randn(3, 4, 2, 5) * torch.logspace(-3, 3, 60).view(3, 4, 1, 5)
@@ -97,7 +97,8 @@ def test_a_range_of_nothing_but_zero_has_scale_one() -> None:
 def test_coarse_scales_are_the_next_few_bits_upwards(scale: float, spec: QuantSpec) -> None:
     found = float(coarse_scale(torch.tensor(scale), spec.significands))
     fraction, _ = math.frexp(found)
-    assert fraction * 16 in (*spec.significands, 16)
+    base = min(spec.significands)
+    assert fraction * 2 * base in (*spec.significands, 2 * base)
     assert scale * (1 - 2 * SLACK) <= found <= scale * 4 / 3 * (1 + 1e-5)
     assert float(coarse_scale(torch.tensor(found), spec.significands)) == found
 
