@@ -346,9 +346,11 @@ def _getitem(node: fx.Node, plan: ChannelPlan) -> None:
         if axis is None or not isinstance(item, slice) or item == slice(None):
             continue
         alive = plan.alive(axis)
+        if alive.all():  # bounds that are computed, and steps, freeze the axis
+            continue
         start, stop, _ = item.indices(len(alive))
         items[place] = slice(int(alive[:start].sum()), int(alive[:stop].sum()))
-        changed = changed or not alive.all()
+        changed = True
     if changed:
         node.args = (source, tuple(items))
 
