@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,36 @@ def test_a_tensor_that_the_code_makes_and_fills_is_made_anew_at_every_call() -> 
     first, second = traced(x), traced(2 * x)
     assert torch.equal(first, model(x))
     assert torch.equal(second, model(2 * x))
+
+
+def test_a_decoder_written_by_hand_is_pruned_and_saved(tmp_path: Path) -> None:
+    class Decoder(nn.Module):
+        mask: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(40, 32), nn.Embedding(64, 32)
+            self.heads, self.out = nn.Linear(32, 96), nn.Linear(32, 40)
+            self.register_buffer("mask", torch.tril(torch.ones(64, 64))[None, None])
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            batch, count = tokens.size()
+            assert count <= 64, f"at most 64 words, not {count}"
+            places = torch.arange(0, count, dtype=torch.long, device=tokens.device)
+            x = self.words(tokens) + self.places(places)
+            q, k, v = (part.view(batch, count, 4, 8).transpose(1, 2) for part in self.heads(x).split(32, dim=2))
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+            scores = scores.masked_fill(self.mask[:, :, :count, :count] == 0, float("-inf"))
+            y = scores.softmax(-1) @ v
+            return self.out(y.transpose(1, 2).contiguous().view(batch, count, -1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    masked = fxc.compile(model, [P.MaskChannels(0.5, scope="layer")], TOKENS)
+    compact = fxc.compile(model, [P.PruneChannels(0.5, scope="layer")], TOKENS)
+    compact.save(tmp_path / "decoder.fxc")
+    loaded = fxc.load(tmp_path / "decoder.fxc")
+    for tokens in (TOKENS, torch.arange(33).reshape(3, 11)):
+        inputs = ExampleInputs((tokens,))
+        assert difference(run(masked, inputs), run(compact, inputs)).relative < 1e-5
+        assert difference(run(compact, inputs), run(loaded, inputs)).relative == 0
