@@ -208,6 +208,22 @@ def test_a_model_with_regions_trains_with_its_own_methods(detector: Detector) ->
     assert len(compact.eval()([torch.rand(3, 20, 20)])) == 1
 
 
+def test_a_model_that_does_something_else_in_training_stays_python_whatever_fails_in_it() -> None:
+    class Selecting(Detector):
+        """Everything but a function can be traced, but only for evaluation, without targets."""
+
+        def forward(self, images: list[torch.Tensor], targets: torch.Tensor | None = None) -> Any:
+            scores = self.head(list(self.backbone(torch.stack(images)).values()))
+            if self.training and targets is not None:
+                return {"loss": self.head.loss(scores, targets)}
+            return by_sign(scores)[0]
+
+    images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8)]
+    compact = fxc.compile(Selecting().eval(), PRUNE, (images,))
+    assert [region.layer for region in regions(compact)] == ["backbone", "head"]
+    assert list(compact.train()(images, torch.zeros(2, 5))) == ["loss"]
+
+
 def test_exact_passes_keep_the_outputs_of_a_model_with_regions(detector: Detector) -> None:
     compact = fxc.compile(detector, [P.Fuse()], (IMAGES,))
     inputs = ExampleInputs((IMAGES,))
