@@ -68,6 +68,7 @@ def compile(
     notes = graph_info(result.graph_module).notes
     after, untraced = cost(result.graph_module), _untraced(result.graph_module)
     summary = report.build(type(model).__name__, result.start, result.rows, after, notes, untraced)
+    regions.forget_data(result.graph_module)
     for region in regions.regions(result.graph_module):
         regions.replace(result.graph_module, region.graph_module, CompactModule.of(region.graph_module))
     return CompactModule.of(result.graph_module.eval(), summary)

@@ -185,7 +185,7 @@ MISTAKES = {
     "no shape": (("inspect", "zoo.py:net"), "give --input-shape"),
     "bad shape": (("inspect", "zoo.py:net", "--input-shape", "1,a"), "such as 1,3,224,224"),
     "shape that does not fit": (("inspect", "zoo.py:net", "--input-shape", "1,3,8,8"), r"raises on|cannot run"),
-    "untraceable": (("inspect", "zoo.py:branching"), r"cannot be traced at .*zoo\.py:\d+"),
+    "untraceable": (("inspect", "zoo.py:branching"), r"cannot be traced: control flow at .*zoo\.py:\d+"),
     "no artefact": (("bench", "no.fxc"), "cannot load 'no.fxc'"),
     "bad batch": (("bench", "resnet18", "--batch", "1,x"), "such as 1,16"),
     "bad report": (("compress", "zoo.py:with_inputs", "--out", "m", "--report", "r.pdf"), r"\.txt, \.json or \.html"),

@@ -154,7 +154,7 @@ def _dictionary(items: list[list[Any]]) -> dict[Any, Any]:
 # Names
 
 
-def check_name(name: object, what: str) -> str:
+def check_name(name: object, what: str, reserved: frozenset[str] = _RESERVED) -> str:
     """Return `name` if it can be the name of a value in the source of a graph.
 
     Raises:
@@ -164,7 +164,7 @@ def check_name(name: object, what: str) -> str:
         not isinstance(name, str)
         or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None
         or keyword.iskeyword(name)
-        or name in _RESERVED
+        or name in reserved
         or (name.startswith("__") and name.endswith("__"))
     ):
         raise ArtifactError(f"{what} cannot be named {str(name)[:80]!r}")
@@ -299,7 +299,9 @@ class GraphReader:
             return (
                 tuple(decode(argument, self._reference, self.device) for argument in args),
                 {
-                    check_name(name, "an argument"): decode(argument, self._reference, self.device)
+                    check_name(name, "an argument", _RESERVED - {"device"}): decode(
+                        argument, self._reference, self.device
+                    )
                     for name, argument in kwargs.items()
                 },
             )

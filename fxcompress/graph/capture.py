@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
-from fxcompress.graph import batch, opaque, ops, regions
+from fxcompress.graph import batch, compare, opaque, ops, regions
 from fxcompress.graph import modules as own
 from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
 from fxcompress.graph.examples import ExampleValues
@@ -25,7 +25,14 @@ from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
 from fxcompress.graph.specialise import notes as specialisation_notes
-from fxcompress.graph.tracer import Kept, Tracer, drop_questions
+from fxcompress.graph.tracer import (
+    ConstantWrittenError,
+    Kept,
+    StateWrittenError,
+    Tracer,
+    drop_questions,
+    require_state_kept,
+)
 
 
 def trace(model: nn.Module, example_inputs: object, *, training: bool | None = None) -> fx.GraphModule:
@@ -56,7 +63,7 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
         duplicate.train(training)
     if isinstance(duplicate, fx.GraphModule):
         _drop_unused_modules(duplicate)
-        opaque.record(duplicate, inputs)
+        regions.refresh(duplicate, inputs)
         _propagate(duplicate, inputs)
         return duplicate
     return _capture(duplicate, inputs)
@@ -170,8 +177,14 @@ def _trace_around(
         try:
             return tracer, _run(tracer, model, concrete)
         except Exception as error:
+            if isinstance(error, ConstantWrittenError) and not kept.factories:
+                kept.factories = True
+                continue
             if not kept.modules and not kept.functions:
                 _require_forward(model, inputs)
+            if isinstance(error, StateWrittenError) and error.path not in ("", *kept.modules):
+                kept.modules[error.path] = str(error)
+                continue
             if not keep_culprit(error, model, kept):
                 raise _untraceable(model, error) from error
 
@@ -179,7 +192,9 @@ def _trace_around(
 def _run(tracer: Tracer, model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     with _state_restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
-        return tracer.run(concrete)
+        graph = tracer.run(concrete)
+        require_state_kept(model)
+        return graph
 
 
 def _follow_batch(
@@ -209,17 +224,23 @@ def _follow_batch(
 @contextmanager
 def _state_restored(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back: a forward may keep values, which are proxies while it is traced."""
-    states = [(module, dict(vars(module))) for module in model.modules()]
+    tables = ("_parameters", "_buffers", "_modules")
+    states = [
+        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in tables}) for module in model.modules()
+    ]
     traced = False
     try:
         yield
         traced = True
     finally:
-        for module, state in states:
+        for module, state, contents in states:
             for name in [name for name in vars(module) if name not in state]:
                 if not (traced and module is model and name.startswith("_tensor_constant")):  # fx's own
                     delattr(module, name)
             vars(module).update(state)
+            for name, content in contents.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -348,7 +369,7 @@ def _layer_of(node: fx.Node) -> str:
 def _require_forward(model: nn.Module, inputs: ExampleInputs) -> None:
     """Tell a forward that cannot be traced from one that fails on its own: raise `InputError` for the latter."""
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluation(model), compare.buffers_kept(model), torch.no_grad():
             inputs.call(model)
     except Exception as error:
         raise InputError(

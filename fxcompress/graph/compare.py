@@ -104,6 +104,21 @@ def require_equal(before: Snapshot, after: fx.GraphModule, inputs: ExampleInputs
 
 
 @contextmanager
+def buffers_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Give every buffer its value back: a forward may update them."""
+    kept = [(m._buffers, name, tensor, tensor.detach().clone()) for m in module.modules()
+            for name, tensor in m._buffers.items() if tensor is not None]  # fmt: skip
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for table, name, tensor, value in kept:
+                table[name] = tensor
+                if not torch.is_inference(tensor):
+                    tensor.copy_(value)
+
+
+@contextmanager
 def without_fast_path() -> Iterator[None]:
     """Let transformer layers compute as in training: their fast path writes zeros where the input is padded."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -120,7 +135,7 @@ def require_same_outputs(model: torch.nn.Module, captured: fx.GraphModule, input
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    with without_fast_path():
+    with without_fast_path(), buffers_kept(model), buffers_kept(captured):
         gap = difference(run(model, inputs), run(captured, inputs))
     if gap.relative > tolerance(torch.float32, len(captured.graph.nodes)):
         raise VerificationError(

@@ -7,7 +7,7 @@ file.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,34 @@ def set_item(input: Any, index: Any, value: Any) -> Any:
     result = input.clone() if isinstance(input, torch.Tensor) else copy.copy(input)
     result[index] = value
     return result
+
+
+class AutogradFunction:
+    """Calls a `torch.autograd.Function`, so that its own gradient stays. There is one object for each class."""
+
+    _made: ClassVar[dict[type, AutogradFunction]] = {}
+
+    def __init__(self, function: type) -> None:
+        self.function = function
+        self.__name__, self.__module__ = f"{function.__name__}_apply", function.__module__
+
+    @classmethod
+    def of(cls, function: type) -> AutogradFunction:
+        """Return the object for a class."""
+        return cls._made.setdefault(function, cls(function))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the function."""
+        return self.function.apply(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{self.function.__qualname__}.apply"
+
+    def __reduce__(self) -> Any:
+        return AutogradFunction.of, (self.function,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutogradFunction:
+        return self
 
 
 class StochasticDepth(nn.Module):

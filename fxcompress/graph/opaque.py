@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress.graph.compare import buffers_kept
 from fxcompress.graph.examples import DataDependentError, ExampleValues
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Opaque, info, set_info
@@ -37,7 +38,7 @@ def record(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
     if not nodes(graph_module):
         return
     placeholders = bind_placeholders(graph_module.graph, inputs.map(lambda tensor: tensor.detach().clone()))
-    with evaluation(graph_module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluation(graph_module), buffers_kept(graph_module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         _Recorder(graph_module).run(initial_env=placeholders)
 
 

@@ -244,6 +244,11 @@ _op(
 # Constructors of tensors
 _op("zeros", torch.zeros, "size, dtype=None, device=None")
 _op("ones", torch.ones, "size, dtype=None, device=None")
+_op("full", torch.full, "size, fill_value, dtype=None, device=None")
+_op("full_like", torch.full_like, "input, fill_value", elementwise=True)
+_op("tensor", torch.tensor, "data, dtype=None, device=None")
+_op("eye", torch.eye, "n, m=None, dtype=None, device=None")
+_op("linspace", torch.linspace, "start, end, steps, dtype=None, device=None")
 _op("arange", torch.arange, "start, end=None, step=1, dtype=None, device=None")
 _op("zeros_like", torch.zeros_like, "input", elementwise=True)
 _op("ones_like", torch.ones_like, "input", elementwise=True)

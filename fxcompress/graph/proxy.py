@@ -31,9 +31,8 @@ class Proxy(fx.Proxy):
 
     tracer: Tracer
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What isinstance() shall find: the class of the value that the proxy stands for."""
+    def value_class(self) -> type:
+        """Return the class of the value that the proxy stands for, as far as that is known."""
         value = self.tracer.fake(self)
         if value is None or isinstance(value, Unknown):
             return Proxy

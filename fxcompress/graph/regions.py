@@ -105,6 +105,27 @@ def _placeholders(
     return args, kwargs
 
 
+def refresh(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """Run a graph on its example inputs and record anew what its regions and opaque nodes are given.
+
+    A region that is not called keeps the inputs that it has.
+    """
+    paths = {edit.attribute(graph_module, path): path for path in graph_info(graph_module).regions}
+    calls = _record_calls(graph_module, inputs, list(paths))
+    for region, path in paths.items():
+        if region in calls:
+            graph_info(graph_module).regions[path] = calls[region][0]
+            refresh(region, calls[region][0])
+
+
+def forget_data(graph_module: fx.GraphModule) -> None:
+    """Let the example inputs of regions keep shapes and dtypes only; `refresh` records them anew."""
+    for region in regions(graph_module):
+        forget_data(region.graph_module)
+    known = graph_info(graph_module).regions
+    known.update({path: inputs.map(lambda tensor: tensor.to("meta")) for path, inputs in known.items()})
+
+
 # -- capture --------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +151,8 @@ def capture(
     if not candidates:
         opaque.record(graph_module, inputs)
         return
-    calls = _record_calls(graph_module, inputs, list(candidates.values()))
+    below = {inner for module in candidates.values() for inner in module.modules()} - set(candidates.values())
+    calls = _record_calls(graph_module, inputs, list(below))
     search = _Search(graph_module, calls, trace, is_leaf)
     for path, module in candidates.items():
         search.inside(module, path)
@@ -217,7 +239,7 @@ def _is_worth_it(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> boo
 def _record_calls(
     graph_module: fx.GraphModule, inputs: ExampleInputs, modules: list[nn.Module]
 ) -> dict[nn.Module, list[ExampleInputs]]:
-    """Run the graph once, and return the inputs that each module below the given ones was called with."""
+    """Run the graph once, and return the inputs that each of the modules was called with."""
     calls: dict[nn.Module, dict[str, ExampleInputs]] = defaultdict(dict)
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,8 +247,7 @@ def _record_calls(
         if len(calls[module]) < _MOST_CALLS and shapes not in calls[module]:
             calls[module][shapes] = ExampleInputs(*tree_map(_detached, (args, kwargs)))
 
-    inner = {module for outer in modules for module in outer.modules()} - set(modules)
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in inner]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         opaque.record(graph_module, inputs)
     finally:

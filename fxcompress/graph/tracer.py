@@ -7,9 +7,11 @@ inputs, as long as it depends on shapes, dtypes and devices and not on data. Wha
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import itertools
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
+from fxcompress.graph import modules as own
 from fxcompress.graph import ops
 from fxcompress.graph.compare import without_fast_path
 from fxcompress.graph.examples import DataDependentError, ExampleValues, Unknown
@@ -29,12 +32,28 @@ from fxcompress.graph.proxy import FACTORIES, Proxy
 from fxcompress.graph.specialise import FIXED_PROPERTIES, Place, Specialisation, is_check, place_of
 
 
+class ConstantWrittenError(DataDependentError):
+    """The model writes what depends on its inputs into a tensor that it has just made."""
+
+
+class StateWrittenError(DataDependentError):
+    """The model replaces one of its buffers, which a graph cannot do; `path` is the module that holds it."""
+
+    def __init__(self, path: str, name: str) -> None:
+        super().__init__(f"its forward replaces the buffer {name!r}")
+        self.path = path
+
+
 @dataclass
 class Kept:
-    """What is not traced into, with the reasons: modules by path, and functions by where their names stand."""
+    """What is not traced into, with the reasons: modules by path, and functions by where their names stand.
+
+    factories: whether tensors that the code makes become nodes; else they are constants of the graph.
+    """
 
     modules: dict[str, str] = field(default_factory=dict)
     functions: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], str]] = field(default_factory=dict)
+    factories: bool = False
 
     def reason(self, target: object) -> str | None:
         """Return why a function is kept, or None if it is not."""
@@ -62,6 +81,7 @@ class Tracer(fx.Tracer):
         self.specialisations: list[Specialisation] = []
         self._is_leaf = is_leaf
         self._preparing = False
+        self._computing = False
         self._probe: tuple[FrameType, int, Specialisation] | None = None
         self._paths = {id(p): n for n, p in itertools.chain(root.named_buffers(), root.named_parameters())}
         self._read: dict[str, fx.Proxy] = {}
@@ -72,7 +92,7 @@ class Tracer(fx.Tracer):
         Raises:
             Exception: whatever the model's code raises when it meets a proxy.
         """
-        with without_fast_path(), self._keeping_functions(), _recording_factories():
+        with without_fast_path(), self._keeping_functions(), _patched(self):
             graph = self.trace(self.values.root, concrete_args=concrete)
         self._settle_probe(None)
         return graph
@@ -106,7 +126,7 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return what stands in a node for an argument."""
-        if isinstance(a, fx.Proxy):  # before anything that looks at its class
+        if isinstance(a, fx.Proxy):  # before isinstance() is asked whether it is a tensor
             return a.node
         if type(a) is OrderedDict:  # fx would turn it into a plain dict
             pairs = [(name, self.create_arg(value)) for name, value in a.items()]
@@ -119,6 +139,8 @@ class Tracer(fx.Tracer):
         """Record a node, except for assertions, which are checked now."""
         if target is torch._assert and not self._preparing:
             return self._assertion(*args, **kwargs)
+        if (args and _is_constant(args[0]) and _writes_in_place(target)) or _is_constant(kwargs.get("out")):
+            raise ConstantWrittenError(f"{target} writes into a tensor that the code has just made")
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
@@ -186,12 +208,26 @@ class Tracer(fx.Tracer):
         except Exception:
             return None
 
+    def recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a factory of tensors that records a node when a size given to it is a proxy."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given: list[Any] = []
+            fx.node.map_aggregate((args, kwargs), lambda value: given.append(value))
+            if not self._computing and (self.kept.factories or any(isinstance(value, fx.Proxy) for value in given)):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
     # -- patches ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _outside(self) -> Iterator[None]:
         """While the example is computed, modules behave as usual."""
-        call, attribute = nn.Module.__call__, nn.Module.__getattr__
+        call, attribute, computing = nn.Module.__call__, nn.Module.__getattr__, self._computing
+        self._computing = True
         tracing = _symbolic_trace._get_is_fx_tracing() if hasattr(_symbolic_trace, "_get_is_fx_tracing") else None
         nn.Module.__call__ = _symbolic_trace._orig_module_call  # type: ignore[method-assign]
         nn.Module.__getattr__ = _symbolic_trace._orig_module_getattr  # type: ignore[method-assign]
@@ -200,6 +236,7 @@ class Tracer(fx.Tracer):
         try:
             yield
         finally:
+            self._computing = computing
             nn.Module.__call__, nn.Module.__getattr__ = call, attribute  # type: ignore[method-assign]
             if tracing:
                 _symbolic_trace._set_is_fx_tracing(True)
@@ -220,34 +257,61 @@ class Tracer(fx.Tracer):
 
 
 @contextlib.contextmanager
-def _recording_factories() -> Iterator[None]:
-    """Let torch.zeros and its like record a node when a size given to them is a proxy."""
+def _patched(tracer: Tracer) -> Iterator[None]:
+    """Let what torch.fx leaves out see proxies: factories of tensors, autograd functions and isinstance().
 
-    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            proxies: list[fx.Proxy] = []
+    isinstance() is told the class of the value that a proxy stands for. (The attribute `__class__` would do the same,
+    but C code that is told that a proxy is a tensor crashes.)
+    """
+    is_instance, apply = builtins.isinstance, torch.autograd.Function.__dict__["apply"]
+    factories = {name: getattr(torch, name) for name in FACTORIES}
 
-            def collect(value: Any) -> Any:
-                if isinstance(value, fx.Proxy):
-                    proxies.append(value)
-                return value
+    def told_isinstance(value: Any, kinds: Any) -> bool:
+        return is_instance(value, kinds) or (is_instance(value, Proxy) and issubclass(value.value_class(), kinds))
 
-            fx.node.map_aggregate((args, kwargs), collect)
-            return proxies[0].tracer.create_proxy("call_function", function, args, kwargs) if proxies else function(
-                *args, **kwargs
-            )  # fmt: skip
+    def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = next((argument for argument in args if is_instance(argument, Proxy)), None)
+        if proxy is None:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", own.AutogradFunction.of(cls), args, kwargs)
 
-        return call
-
-    originals = {name: getattr(torch, name) for name in FACTORIES}
     try:
-        for name, function in originals.items():
-            setattr(torch, name, recording(function))
+        for name, function in factories.items():
+            setattr(torch, name, tracer.recording(function))
+        torch.autograd.Function.apply = classmethod(recorded_apply)
+        builtins.isinstance = told_isinstance
         yield
     finally:
-        for name, function in originals.items():
+        builtins.isinstance = is_instance
+        torch.autograd.Function.apply = apply
+        for name, function in factories.items():
             setattr(torch, name, function)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, (fx.Proxy, nn.Parameter))
+
+
+def _writes_in_place(target: Any) -> bool:
+    """Whether a method or function writes into its first argument."""
+    if target in ops.INPLACE_OPERATORS or target in ("__setitem__", operator.setitem):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or (f"{name}_".startswith("__i") and name.endswith("__"))
+
+
+def require_state_kept(root: nn.Module) -> None:
+    """Raise `StateWrittenError` if a forward has put a new value in the place of a buffer. (In place it may.)"""
+    for path, module in root.named_modules():
+        for name, value in module._buffers.items():
+            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, f"{path}.{name}" if path else name):
+                raise StateWrittenError(path, name)
+
+
+def _is_same_memory(node: fx.Node, path: str) -> bool:
+    while node.target in ops.INPLACE_OPERATORS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr" and node.target == path
 
 
 def drop_questions(graph: fx.Graph) -> None:

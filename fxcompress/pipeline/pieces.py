@@ -13,7 +13,7 @@ from fxcompress.errors import PassError
 from fxcompress.graph import compare, edit
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info, info
-from fxcompress.graph.regions import Region, regions, replace
+from fxcompress.graph.regions import Region, refresh, regions, replace
 from fxcompress.pipeline.base import Note, Pass, PassContext
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def run_in_pieces(
     Raises:
         PassError: the model does not run any more.
     """
+    if any(tensor.is_meta for region in regions(root) for tensor in region.inputs.tensors()):
+        refresh(root, inputs)  # a compiled module keeps the shapes only
     rows: list[PassRow] = []
     for first, last in _segments(passes):
         segment = passes[first:last]

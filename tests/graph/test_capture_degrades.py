@@ -208,6 +208,22 @@ def test_a_model_with_regions_trains_with_its_own_methods(detector: Detector) ->
     assert len(compact.eval()([torch.rand(3, 20, 20)])) == 1
 
 
+def test_a_model_that_does_something_else_in_training_stays_python_whatever_fails_in_it() -> None:
+    class Selecting(Detector):
+        """Everything but a function can be traced, but only for evaluation, without targets."""
+
+        def forward(self, images: list[torch.Tensor], targets: torch.Tensor | None = None) -> Any:
+            scores = self.head(list(self.backbone(torch.stack(images)).values()))
+            if self.training and targets is not None:
+                return {"loss": self.head.loss(scores, targets)}
+            return by_sign(scores)[0]
+
+    images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8)]
+    compact = fxc.compile(Selecting().eval(), PRUNE, (images,))
+    assert [region.layer for region in regions(compact)] == ["backbone", "head"]
+    assert list(compact.train()(images, torch.zeros(2, 5))) == ["loss"]
+
+
 def test_exact_passes_keep_the_outputs_of_a_model_with_regions(detector: Detector) -> None:
     compact = fxc.compile(detector, [P.Fuse()], (IMAGES,))
     inputs = ExampleInputs((IMAGES,))
@@ -265,6 +281,7 @@ def test_regions_survive_copies_and_pickles(detector: Detector) -> None:
         assert compare.difference(compare.run(compact, inputs), compare.run(twin, inputs)).relative == 0
         assert [region.layer for region in regions(twin)] == ["backbone", "head"]
         assert isinstance(twin.get_submodule("model.backbone"), Backbone)
+    assert all(tensor.is_meta for region in regions(compact) for tensor in region.inputs.tensors())
     again = fxc.compile(compact, [P.PruneChannels(0.5, scope="layer")], (IMAGES,))
     assert again.report is not None
     assert again.report.after.parameters < again.report.before.parameters
@@ -306,6 +323,36 @@ def test_a_failed_attempt_leaves_nothing_behind_in_the_model() -> None:
     traced = fxc.trace(model, x)
     assert [region.layer for region in regions(traced)] == ["layers"]
     assert torch.equal(traced(x), model(x))
+
+
+class Average(nn.Module):
+    """Keeps a running average in a buffer."""
+
+    average: torch.Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            self.average += x.mean(0)
+        else:
+            self.average = 0.5 * self.average + x.mean(0)
+        return x - self.average
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_that_forward_updates_is_updated(in_place: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), Average(in_place)).eval()
+    x = torch.randn(3, 4)
+    traced = fxc.trace(model, x)
+    fxc.graph.compare.require_same_outputs(model, traced, ExampleInputs((x,)))
+    assert not model.get_buffer("2.average").any()
+    for _ in range(3):
+        assert torch.equal(traced(x), model(x))
+    assert [str(node.target) for node in traced.graph.nodes if info(node).opaque] == ([] if in_place else ["2"])
 
 
 def test_nothing_to_capture_is_an_error_with_file_and_line() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +97,94 @@ def test_causal_text_of_another_length() -> None:
     model = Text().eval()
     traced, longer = fxc.trace(model, (TOKENS,)), ExampleInputs((torch.arange(22).reshape(2, 11),))
     assert difference(run(model, longer), run(traced, longer)).relative < 1e-5
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; its gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def test_autograd_functions_keep_their_gradient() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Straight.apply(self.layer(x)) * 2  # type: ignore[no-any-return]
+
+    model, x = Rounded().eval(), torch.randn(3, 4)
+    compact = fxc.compile(model, [P.Fuse()], x)
+    for module in (model, compact, copy.deepcopy(compact)):
+        module.zero_grad()
+        module(x).sum().backward()
+        gradient = module.get_parameter("layer.bias").grad
+        assert gradient is not None
+        assert torch.equal(gradient, torch.full((8,), 6.0))
+
+
+def test_python_asks_for_the_class_of_a_value_and_c_code_does_not() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = [isinstance(x, torch.Tensor), torch.is_tensor(x), isinstance(x.shape, torch.Size)]
+            found += [isinstance(x.shape[0], int), isinstance(x, (nn.Parameter, list, float, nn.Module))]
+            return x * 2 if found == [True, True, True, True, False] else x
+
+    original, x = isinstance, torch.randn(2, 3)
+    assert torch.equal(fxc.trace(Asking(), x)(x), x * 2)
+    assert isinstance is original
+
+
+def test_a_tensor_that_the_code_makes_and_fills_is_made_anew_at_every_call() -> None:
+    class Filling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table = torch.zeros(2, 3)
+            table[0] = x.sum()
+            table[1].add_(x[0])
+            return table
+
+    model, x = Filling(), torch.randn(2, 3)
+    traced = fxc.trace(model, x)
+    first, second = traced(x), traced(2 * x)
+    assert torch.equal(first, model(x))
+    assert torch.equal(second, model(2 * x))
+
+
+def test_a_decoder_written_by_hand_is_pruned_and_saved(tmp_path: Path) -> None:
+    class Decoder(nn.Module):
+        mask: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(40, 32), nn.Embedding(64, 32)
+            self.heads, self.out = nn.Linear(32, 96), nn.Linear(32, 40)
+            self.register_buffer("mask", torch.tril(torch.ones(64, 64))[None, None])
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            batch, count = tokens.size()
+            assert count <= 64, f"at most 64 words, not {count}"
+            places = torch.arange(0, count, dtype=torch.long, device=tokens.device)
+            x = self.words(tokens) + self.places(places)
+            q, k, v = (part.view(batch, count, 4, 8).transpose(1, 2) for part in self.heads(x).split(32, dim=2))
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+            scores = scores.masked_fill(self.mask[:, :, :count, :count] == 0, float("-inf"))
+            y = scores.softmax(-1) @ v
+            return self.out(y.transpose(1, 2).contiguous().view(batch, count, -1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    masked = fxc.compile(model, [P.MaskChannels(0.5, scope="layer")], TOKENS)
+    compact = fxc.compile(model, [P.PruneChannels(0.5, scope="layer")], TOKENS)
+    compact.save(tmp_path / "decoder.fxc")
+    loaded = fxc.load(tmp_path / "decoder.fxc")
+    for tokens in (TOKENS, torch.arange(33).reshape(3, 11)):
+        inputs = ExampleInputs((tokens,))
+        assert difference(run(masked, inputs), run(compact, inputs)).relative < 1e-5
+        assert difference(run(compact, inputs), run(loaded, inputs)).relative == 0

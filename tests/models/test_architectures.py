@@ -278,7 +278,8 @@ class TwoInputs(nn.Module):
 def small_swin() -> nn.Module:
     from torchvision.models.swin_transformer import SwinTransformer
 
-    return SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5)
+    made: nn.Module = SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5)
+    return made
 
 
 class CrossAttention(nn.Module):
