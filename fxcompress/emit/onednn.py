@@ -25,12 +25,13 @@ VARIABLE = "FXCOMPRESS_ONEDNN"
 PACKAGE = "onednn-cpu-gomp"
 
 # Numbers of oneDNN's enumerations (dnnl_types.h, version 3).
-SOURCE, RESULT, WEIGHTS, BIAS = 1, 17, 33, 41
+SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80
 SCALES, ZERO_POINTS = 0x1000, 0x2000
 _CPU, _IN_ORDER, _INFERENCE, _DIRECT, _ANY_LAYOUT = 1, 1, 96, 1, 1
 _DTYPES = {torch.float32: 3, torch.int32: 4, torch.int8: 5, torch.uint8: 6}
 _MAX_POOLING = 0x1FF
-_WEIGHTS_DESCRIPTION = 131  # dnnl_query_weights_md
+_WEIGHTS_DESCRIPTION, _SCRATCHPAD_DESCRIPTION = 131, 136  # dnnl_query_weights_md, dnnl_query_scratchpad_md
+_OWN_SCRATCHPAD = 1
 
 Run = Callable[..., torch.Tensor]
 
@@ -62,8 +63,7 @@ class _Library:
         self.functions = ctypes.CDLL(path)
         # Calls so short that giving the interpreter lock away and taking it back would double their time.
         self.short = ctypes.PyDLL(path)
-        for name in ("dnnl_primitive_desc_query_md",):
-            getattr(self.functions, name).restype = ctypes.c_void_p
+        self.functions.dnnl_primitive_desc_query_md.restype = ctypes.c_void_p
         self.functions.dnnl_memory_desc_get_size.restype = ctypes.c_size_t
         self.functions.dnnl_post_ops_append_sum.argtypes = (
             ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int,
@@ -92,6 +92,14 @@ class _Library:
         status = getattr(self.functions, f"dnnl_{name}")(*arguments)
         if status:
             raise KernelUnavailable(f"oneDNN: dnnl_{name} returned status {status}")
+
+    def description(self, primitive: ctypes.c_void_p, what: int) -> ctypes.c_void_p:
+        """Return the description of one of a primitive's arguments; it lives as long as the primitive's own."""
+        return ctypes.c_void_p(self.functions.dnnl_primitive_desc_query_md(primitive, what, 0))
+
+    def size(self, memory: ctypes.c_void_p) -> int:
+        """Return the bytes that a described memory takes."""
+        return int(self.functions.dnnl_memory_desc_get_size(memory))
 
     def keep(self, owner: object, kind: str, handle: ctypes.c_void_p) -> ctypes.c_void_p:
         """Destroy a handle when its owner goes."""
@@ -148,6 +156,8 @@ class Attributes:
         self.library = _loaded()
         self.handle = self.library.keep(self, "primitive_attr", self.library.make("primitive_attr_create"))
         self.operations = self.library.keep(self, "post_ops", self.library.make("post_ops_create"))
+        # The library's own scratchpad belongs to the thread that made a primitive, and another may execute it.
+        self.library.call("primitive_attr_set_scratchpad_mode", self.handle, _OWN_SCRATCHPAD)
         self.tensors: dict[int, torch.Tensor] = {}
 
     def scale(self, argument: int, values: torch.Tensor, mask: int = 0) -> None:
@@ -199,11 +209,15 @@ class Primitive:
         self.library = _loaded()
         self.handle = self.library.keep(self, "primitive", self.library.make("primitive_create", description))
         self.variable, self.fixed = variable, fixed
+        self.scratchpad = self.library.description(description, _SCRATCHPAD_DESCRIPTION)
         self.calls: list[_Call] = []  # arguments that no call is using
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Execute on tensors for the variable arguments, in their order."""
-        call = self.calls.pop() if self.calls else _Call(self)
+        try:
+            call = self.calls.pop()
+        except IndexError:
+            call = _Call(self)
         for set_address, memory, tensor in zip(call.setters, call.memories, tensors, strict=True):
             set_address(memory, tensor.data_ptr())
         status = call.execute(call.primitive, call.stream, call.count, call.arguments)
@@ -223,6 +237,9 @@ class _Call:
         for argument, (memory, tensor) in primitive.fixed.items():
             handle = memory.handle if isinstance(memory, Memory) else memory
             entries.append((argument, self._memory(library, handle, tensor)))
+        self.scratch = torch.empty(library.size(primitive.scratchpad), dtype=torch.uint8)
+        if len(self.scratch):
+            entries.append((SCRATCHPAD, self._memory(library, primitive.scratchpad, self.scratch)))
         self.array = (_Argument * len(entries))(*(_Argument(argument, memory) for argument, memory in entries))
         self.execute, self.primitive, self.stream = library.execute, primitive.handle, library.stream
         self.count, self.arguments = len(entries), ctypes.cast(self.array, ctypes.c_void_p)
@@ -294,10 +311,11 @@ def max_pooling(
     Raises:
         KernelUnavailable: oneDNN has no such pooling.
     """
-    lib = _loaded()
+    lib, nothing = _loaded(), Attributes()
     description = lib.make(
         "pooling_forward_primitive_desc_create", lib.engine, _INFERENCE, _MAX_POOLING, source.handle, result.handle,
-        _dims(stride), _dims(kernel), _dims([one - 1 for one in dilation]), _dims(before), _dims(behind), None,
+        _dims(stride), _dims(kernel), _dims([one - 1 for one in dilation]), _dims(before), _dims(behind),
+        nothing.settled(),
     )  # fmt: skip
     return _finished(description, {SOURCE: source, RESULT: result}, {})
 
@@ -357,11 +375,12 @@ def _with_weights(
 ) -> Primitive:
     """Bring weights into the layout that a primitive wants, and finish the primitive."""
     lib = _loaded()
-    chosen = ctypes.c_void_p(lib.functions.dnnl_primitive_desc_query_md(description, _WEIGHTS_DESCRIPTION, 0))
-    packed = torch.empty(lib.functions.dnnl_memory_desc_get_size(chosen), dtype=torch.uint8)
+    chosen = lib.description(description, _WEIGHTS_DESCRIPTION)
+    packed = torch.empty(lib.size(chosen), dtype=torch.uint8)
     plain = weights.contiguous()
     given = Memory.of(plain)
-    pack = lib.make("reorder_primitive_desc_create", given.handle, lib.engine, chosen, lib.engine, None)
+    nothing = Attributes()
+    pack = lib.make("reorder_primitive_desc_create", given.handle, lib.engine, chosen, lib.engine, nothing.settled())
     copy = _finished(pack, {}, {SOURCE: (given, plain), RESULT: (chosen, packed)})
     fixed: dict[int, tuple[Any, torch.Tensor]] = {WEIGHTS: (chosen, packed), **_attribute_tensors(attributes)}
     if bias is not None:
