@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,6 +228,109 @@ class _Builder:
 
         self.push(step, channels, size)
 
+    def attention(self) -> None:
+        """Self-attention over positions, in the spellings that people use."""
+        source = self.pick()
+        channels, size = self.shapes[source]
+        if size > 8:
+            return
+        heads, width = self.draw(st.sampled_from([1, 2, 3])), self.draw(st.sampled_from([2, 4]))
+        shared = self.draw(st.sampled_from([1, heads]))  # heads of key and value
+        program = self.program
+        layers = [nn.Linear(channels, n * width) for n in (heads, shared, shared)]
+        query, key, value = (program.add(layer) for layer in layers)
+        out = program.add(nn.Linear(heads * width, channels))
+        program.scales.append(nn.Parameter(torch.randn(heads, 1, size * size)))
+        table = len(program.scales) - 1
+        spelling = self.draw(st.sampled_from(["sdpa", "matmul", "einsum", "rotary", "table", "norm"]))
+        norm = program.add(nn.RMSNorm(width, eps=1e-3))
+
+        def split(x: Tensor, count: int) -> Tensor:
+            batch, length, _ = x.shape
+            return x.view(batch, length, count, width).transpose(1, 2).repeat_interleave(heads // count, dim=1)
+
+        def turn(x: Tensor) -> Tensor:
+            half = x.shape[-1] // 2
+            return x * 0.6 + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * 0.8
+
+        def step(program: Program, values: list[Tensor]) -> Tensor:
+            x = values[source]
+            batch, _, height, breadth = x.shape
+            y = x.flatten(2).transpose(1, 2)
+            q, k, v = (split(program.layers[i](y), n) for i, n in ((query, heads), (key, shared), (value, shared)))
+            if spelling == "norm":
+                q, k = program.layers[norm](q), program.layers[norm](k)
+            if spelling == "rotary":
+                q, k = turn(q), turn(k)
+            if spelling in ("sdpa", "rotary", "norm"):
+                z = F.scaled_dot_product_attention(q, k, v)
+            elif spelling == "einsum":
+                weights = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+                z = torch.einsum("bhij,bhjd->bhid", weights.softmax(-1), v)
+            else:
+                scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+                scores = scores + program.scales[table] if spelling == "table" else scores
+                z = scores.softmax(dim=-1) @ v
+            z = program.layers[out](z.transpose(1, 2).reshape(batch, height * breadth, heads * width))
+            return z.transpose(1, 2).reshape(batch, -1, height, breadth)  # type: ignore[no-any-return]
+
+        self.push(step, channels, size)
+
+    def packed_attention(self) -> None:
+        """torch.nn's own attention, and one projection cut into (3, heads, width)."""
+        source = self.pick()
+        channels, size = self.shapes[source]
+        if channels % 2 or size > 8:
+            return
+        own = self.draw(st.booleans())
+        first = self.program.add(
+            nn.MultiheadAttention(channels, 2, batch_first=True) if own else nn.Linear(channels, 3 * channels)
+        )
+
+        def step(program: Program, values: list[Tensor]) -> Tensor:
+            x = values[source]
+            batch, _, height, breadth = x.shape
+            y = x.flatten(2).transpose(1, 2)
+            if own:
+                z = program.layers[first](y, y, y, need_weights=False)[0]
+            else:
+                packed = program.layers[first](y).reshape(batch, height * breadth, 3, 2, channels // 2)
+                q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+                z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return z.transpose(1, 2).reshape(batch, channels, height, breadth)  # type: ignore[no-any-return]
+
+        self.push(step, channels, size)
+
+    def mean_square_norm(self) -> None:
+        """A normalisation written by hand, over the channels."""
+        source = self.pick()
+        channels, size = self.shapes[source]
+        self.program.scales.append(nn.Parameter(torch.randn(channels)))
+        index = len(self.program.scales) - 1
+
+        def step(program: Program, values: list[Tensor]) -> Tensor:
+            x = values[source].movedim(1, -1) if channels % 4 else values[source].permute(0, 2, 3, 1)
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1) * program.scales[index]
+            return x.permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+        self.push(step, channels, size)
+
+    def recurrent(self) -> None:
+        """A recurrent layer over the columns of the average row."""
+        source = self.pick()
+        channels, size = self.shapes[source]
+        kind = self.draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN]))
+        both = self.draw(st.booleans())
+        index = self.program.add(kind(channels, 3, batch_first=True, bidirectional=both))
+        made = 6 if both else 3
+
+        def step(program: Program, values: list[Tensor]) -> Tensor:
+            x = values[source].mean(2).transpose(1, 2)
+            y = program.layers[index](x)[0].transpose(1, 2)
+            return y.unsqueeze(2).expand(-1, -1, size, -1)  # type: ignore[no-any-return]
+
+        self.push(step, made, size)
+
     def head(self) -> None:
         channels, _ = self.shapes[-1]
         source = len(self.shapes) - 1
@@ -254,6 +358,7 @@ _STEPS = (
     "convolution", "convolution", "convolution", "grouped", "transposed", "normalisation", "normalisation",
     "activation", "activation", "inactive", "residual", "residual", "concatenation", "piece",
     "squeeze_and_excitation", "layer_scale", "channels_last_norm", "shuffle", "resize", "reused", "tied",
+    "attention", "attention", "packed_attention", "mean_square_norm", "recurrent",
 )  # fmt: skip
 
 

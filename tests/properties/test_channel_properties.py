@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.analysis import transfer
 from fxcompress.analysis.channels import Walk
+from fxcompress.analysis.plans import HEADS
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph.compare import run
 from fxcompress.graph.inputs import ExampleInputs
@@ -41,10 +44,12 @@ def _masked_and_removed(model: Program, item: fxc.Pass) -> tuple[fx.GraphModule,
     st.sampled_from([0.3, 0.5, 0.8]),
     st.sampled_from(["layer", "global"]),
     st.sampled_from(["l2", "random"]),
+    st.sampled_from(HEADS),
 )
-def test_masked_equals_removed(model: Program, ratio: float, scope: str, importance: str) -> None:
+def test_masked_equals_removed(model: Program, ratio: float, scope: str, importance: str, heads: str) -> None:
     assume(_finite(model))
-    masked, removed = _masked_and_removed(model, P.MaskChannels(ratio, scope=scope, importance=importance))
+    item = P.MaskChannels(ratio, scope=scope, importance=importance, heads=heads)
+    masked, removed = _masked_and_removed(model, item)
     assert_equivalent(masked, removed, example(), EXACT)
     assert_equivalent(masked, removed, example(5), EXACT)  # another batch size than the example's
     assert sum(p.numel() for p in removed.parameters()) <= sum(p.numel() for p in masked.parameters())
@@ -78,17 +83,18 @@ def test_passes_are_idempotent_and_truthful(model: Program, item: fxc.Pass) -> N
     check_pass(item, fxc.trace(model, example()), example())
 
 
-def test_a_broken_transfer_rule_is_found(monkeypatch: object) -> None:
-    """Control: let concatenation forget its second tensor, and the property must fail."""
+@pytest.mark.parametrize(("kind", "dimension"), [("cat", 1), ("attention", -1), ("reshape", -1)])
+def test_a_broken_transfer_rule_is_found(kind: str, dimension: int) -> None:
+    """Control: let a rule give channels in reverse order, and the property must fail."""
 
     def broken(walk: Walk, node: fx.Node) -> object:
         axes = list(original(walk, node))
-        if axes[1] is not None:
-            axes[1] = axes[1].take(list(reversed(range(len(axes[1])))))
+        if axes and axes[dimension] is not None:
+            axes[dimension] = axes[dimension].take(np.arange(len(axes[dimension]))[::-1])
         return tuple(axes)
 
-    original = transfer.RULES["cat"]
-    transfer.RULES["cat"] = broken
+    original = transfer.RULES[kind]
+    transfer.RULES[kind] = broken
     try:
 
         @settings(
@@ -106,8 +112,8 @@ def test_a_broken_transfer_rule_is_found(monkeypatch: object) -> None:
 
         try:
             search()
-        except (AssertionError, FxCompressError, ExceptionGroup):
+        except (AssertionError, FxCompressError, RuntimeError, ExceptionGroup):
             return
     finally:
-        transfer.RULES["cat"] = original
+        transfer.RULES[kind] = original
     raise AssertionError("the property did not notice a broken rule")
