@@ -654,7 +654,7 @@ def _state_sizes(walk: Walk, node: fx.Node, sizes: Any, made: Axes, given: Axes)
     for dimension, (axis, size) in enumerate(zip(made, stated, strict=False)):
         if axis is None or not isinstance(size, fx.Node) or (size not in walk.sizes and _follows(walk, size, given)):
             continue
-        if len(np.unique(axis.atoms, axis=1).T) == len(axis):
+        if size in walk.sizes or len(np.unique(axis.atoms, axis=1).T) == len(axis):
             walk.written.add((node, dimension))
         else:
             walk.freeze(axis, f"its size is computed at run time in {node.name}")

@@ -139,10 +139,30 @@ def execute(root: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if node.op == "output":
         return args[0]
     if node.op == "call_module":
-        return _attribute(root, str(node.target))(*args, **kwargs)
+        module = _attribute(root, str(node.target))
+        if _keeps_shape(module, args):
+            return torch.empty_like(args[0])
+        return module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+#: Layers that leave the shape as it is, and the rank they take. PyTorch needs milliseconds to find that out.
+_KEEP_SHAPE = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+
+
+def _keeps_shape(module: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a module is sure to give a fake tensor of the same shape and dtype."""
+    return (
+        type(module) in _KEEP_SHAPE
+        and not module.training
+        and len(args) == 1
+        and isinstance(args[0], FakeTensor)
+        and args[0].ndim == _KEEP_SHAPE[type(module)]
+        and args[0].shape[1] == module.num_features
+        and (module.weight is None or module.weight.dtype == args[0].dtype)
+    )
 
 
 class _Recorded:

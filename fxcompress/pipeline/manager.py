@@ -238,7 +238,7 @@ def _is_changed(before: Snapshot, result: PassResult, title: str) -> bool:
     difference = before.changed_structure()
     if difference is not None and not result.modified:
         raise PassError(f"{title} reported modified=False, but changed {difference}")
-    return difference is not None or before.changed_state() is not None
+    return result.modified or before.changed_state() is not None
 
 
 def _refresh(graph_module: fx.GraphModule, inputs: ExampleInputs, title: str) -> None:
