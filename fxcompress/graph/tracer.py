@@ -289,7 +289,8 @@ def _patched(tracer: Tracer) -> Iterator[None]:
 
 
 def _is_constant(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, (fx.Proxy, nn.Parameter))
+    # In this order: to be asked whether it is a tensor costs a proxy a run on fake tensors.
+    return not isinstance(value, (fx.Proxy, nn.Parameter)) and isinstance(value, torch.Tensor)
 
 
 def _writes_in_place(target: Any) -> bool:
