@@ -166,7 +166,7 @@ def _shrink_rms_norm(graph_module: fx.GraphModule, node: fx.Node, stored: int) -
 def _slice_parameters(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
     masks = graph_info(graph_module).masks
     by_tensor: dict[tuple[str, ...], list[ParameterAxis]] = defaultdict(list)
-    for parameter in (*plan.analysis.parameters, *_new_biases(graph_module, plan)):
+    for parameter in (*plan.analysis.parameters, *plan.analysis.divisors, *_new_biases(graph_module, plan)):
         by_tensor[parameter.paths].append(parameter)
     for paths, parameters in by_tensor.items():
         tensor = edit.attribute(graph_module, paths[0]).detach()
@@ -402,10 +402,13 @@ def _pin_sizes(plan: ChannelPlan) -> None:
             return number if argument is node else argument
 
         for user in list(node.users):
-            states_a_shape = ops.kind(user) in SIZES or isinstance(info(user).value, (int, float))
-            if not states_a_shape:
+            if ops.kind(user) not in _STATE_SHAPES and not isinstance(info(user).value, (int, float)):
                 user.args = fx.node.map_aggregate(user.args, pinned)
                 user.kwargs = fx.node.map_aggregate(user.kwargs, pinned)
+
+
+#: Kinds whose sizes the analysis has looked at one by one.
+_STATE_SHAPES = frozenset({"reshape", "expand"})
 
 
 #: Kinds of nodes that have sizes written in their arguments, and how those are rewritten.

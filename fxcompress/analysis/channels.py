@@ -104,6 +104,7 @@ class Walk:
     parameters: dict[tuple[int, int], Axis | None] = field(default_factory=dict)
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
     producers: set[tuple[int, int]] = field(default_factory=set)
+    divisors: set[int] = field(default_factory=set)
     atom_count: int = 0
     callers: dict[str, list[fx.Node]] = field(default_factory=dict)
 
@@ -194,6 +195,7 @@ class ChannelAnalysis:
     """The result of a walk.
 
     axes: what every tensor node carries. parameters: every dimension of a parameter that channels index.
+    divisors: the same for tensors that something is divided by: they follow the removal, but zeros would be wrong.
     reads: where channels are consumed. grouping: atom -> group. frozen: group -> why it stays whole.
     products: matrix products without weights, their MACs, and the axes that these are proportional to.
     sizes: nodes that compute a number from channel sizes, which no input changes.
@@ -208,6 +210,7 @@ class ChannelAnalysis:
     products: tuple[tuple[fx.Node, int, tuple[Axis | None, ...]], ...] = ()
     sizes: frozenset[fx.Node] = frozenset()
     written: frozenset[tuple[fx.Node, int]] = frozenset()
+    divisors: tuple[ParameterAxis, ...] = ()
 
     @property
     def group_count(self) -> int:
@@ -271,15 +274,17 @@ def _forget_shared_modules(walk: Walk) -> None:
 def _solve(walk: Walk, ignore: set[str]) -> ChannelAnalysis:
     """Turn ties into groups, and freezing of atoms into freezing of groups."""
     paths = edit.tensor_paths(walk.graph_module)
-    parameters = tuple(
-        ParameterAxis(tuple(paths[key[0]]), key[1], axis, key in walk.producers)
+    indexed = {
+        key: ParameterAxis(tuple(paths[key[0]]), key[1], axis, key in walk.producers)
         for key, axis in walk.parameters.items()
         if axis is not None and key[0] in paths
-    )
+    }
+    parameters = tuple(found for key, found in indexed.items() if key[0] not in walk.divisors)
     frozen: dict[int, str] = {}
     found = ChannelAnalysis(
         walk.axes, parameters, tuple(walk.reads), solve(walk.atom_count, walk.edges, walk.definitions), frozen,
         tuple(walk.products), frozenset(walk.sizes), frozenset(walk.written),
+        tuple(found for key, found in indexed.items() if key[0] in walk.divisors),
     )  # fmt: skip
     for parameter in parameters:
         if parameter.producer and any(path.rpartition(".")[0] in ignore or path in ignore for path in parameter.paths):

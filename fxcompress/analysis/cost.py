@@ -131,13 +131,14 @@ def _weight_shape(node: fx.Node) -> tuple[int, ...] | None:
     """Shape of the weight of a convolution or linear, as a module, a function or a kernel."""
     kind = ops.kind(node)
     if kind in ("linear_function", "conv_function", "conv_transpose_function"):
-        value = info(node.args[1]).value  # type: ignore[arg-type]
+        weight = ops.arguments(node).get("weight")
+        value = info(weight).value if isinstance(weight, fx.Node) else None
         return value.shape if isinstance(value, TensorInfo) else None
     module = ops.submodule(node)
     is_kernel = type(module).__module__.startswith("fxcompress.emit")
-    weight = getattr(module, "weight", None)
-    if (kind in ops.ANCHOR_KINDS or is_kernel) and isinstance(weight, torch.Tensor) and weight.ndim >= 2:
-        return tuple(weight.shape)
+    held = getattr(module, "weight", None)
+    if (kind in ops.ANCHOR_KINDS or is_kernel) and isinstance(held, torch.Tensor) and held.ndim >= 2:
+        return tuple(held.shape)
     return None
 
 

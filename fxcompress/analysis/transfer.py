@@ -386,6 +386,8 @@ def _elementwise(walk: Walk, node: fx.Node) -> Any:
     if not isinstance(value, TensorInfo):
         return fixed(value)
     operands = [source for source in node.all_input_nodes if isinstance(info(source).value, TensorInfo)]
+    if ops.kind(node) in ("div", "floordiv", "mod", "reciprocal", "rsqrt", "log"):
+        _note_divisor(walk, node.args[-1])
     rank, found = len(value.shape), []
     for dimension in range(rank):
         axis: Axis | None = None
@@ -400,6 +402,17 @@ def _elementwise(walk: Walk, node: fx.Node) -> Any:
             met = True
         found.append(axis and axis.with_constant(_result_constants(walk, node, dimension, len(axis))))
     return tuple(found)
+
+
+def _note_divisor(walk: Walk, divisor: Any) -> None:
+    """Remember a parameter or buffer that is divided by as it is: masking it would make infinities."""
+    while isinstance(divisor, fx.Node) and ops.kind(divisor) in ops.VIEW_KINDS and divisor.all_input_nodes:
+        divisor = divisor.all_input_nodes[0]
+    if isinstance(divisor, fx.Node) and divisor.op == "get_attr":
+        held: Any = walk.graph_module
+        for name in str(divisor.target).split("."):
+            held = getattr(held, name)
+        walk.divisors.add(id(held))
 
 
 def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> Floats:
@@ -647,17 +660,21 @@ def _reshape(walk: Walk, node: fx.Node) -> Axes:
 def _state_sizes(walk: Walk, node: fx.Node, sizes: Any, made: Axes, given: Axes) -> None:
     """Find out for every size that is computed at run time whether it will be right after removal, and what if not.
 
-    One that is computed from the channels at hand follows them. Another is written as a number if the dimension holds
-    channels and nothing else; a dimension that holds positions too, whose number inputs change, is frozen.
+    1. A product of sizes of the dimensions at hand follows what happens to them.
+    2. One that channels alone decide, or whose dimension holds channels and nothing else, is written as a number.
+    3. Otherwise the dimension is frozen, and so is every dimension of channels that the size is computed from.
     """
     stated = sizes if isinstance(sizes, (tuple, list)) else ()
     for dimension, (axis, size) in enumerate(zip(made, stated, strict=False)):
-        if axis is None or not isinstance(size, fx.Node) or (size not in walk.sizes and _follows(walk, size, given)):
+        if not isinstance(size, fx.Node):
             continue
-        if size in walk.sizes or len(np.unique(axis.atoms, axis=1).T) == len(axis):
+        measured = _measured_axes(walk, size)
+        if axis is not None and _follows(walk, size, given, made):
+            continue
+        if size in walk.sizes or (axis is not None and len(np.unique(axis.atoms, axis=1).T) == len(axis)):
             walk.written.add((node, dimension))
         else:
-            walk.freeze(axis, f"its size is computed at run time in {node.name}")
+            walk.freeze_all((axis, *measured), f"its size is computed at run time in {node.name}")
 
 
 #: Kinds that multiply tensors with one another.
@@ -682,22 +699,39 @@ def _meets_a_product(node: fx.Node) -> bool:
     return False
 
 
-def _follows(walk: Walk, size: fx.Node, given: Axes) -> bool:
-    """Whether a size is computed from sizes of the given axes, and of no other axis."""
+def _follows(walk: Walk, size: fx.Node, given: Axes, made: Axes) -> bool:
+    """Whether a size is a product of sizes of the axes at hand, and perhaps of numbers that no channel changes."""
+    known = {axis.atoms.tobytes() for axis in (*given, *made) if axis is not None}
     met = False
-    known = {axis.atoms.tobytes() for axis in given if axis is not None}
+    factors = [size]
+    while factors:
+        factor = factors.pop()
+        axis = _measured_axis(walk, factor)
+        if axis is not None:
+            met = True
+            if axis.atoms.tobytes() not in known:
+                return False
+        elif ops.kind(factor) == "mul":
+            factors += factor.all_input_nodes
+        elif _measured_axes(walk, factor):
+            return False
+    return met
+
+
+def _measured_axes(walk: Walk, size: fx.Node) -> list[Axis]:
+    """Every axis of channels whose size goes into a number."""
+    found: list[Axis] = []
     leaves, seen = [size], {size}
     while leaves:
         leaf = leaves.pop()
         axis = _measured_axis(walk, leaf)
-        if axis is not None and axis.atoms.tobytes() not in known:
-            return False
-        met = met or axis is not None
-        if ops.kind(leaf) != "size":
+        if axis is not None:
+            found.append(axis)
+        elif ops.kind(leaf) != "size":
             new = [one for one in leaf.all_input_nodes if one not in seen]
             seen.update(new)
             leaves += new
-    return met
+    return found
 
 
 def _measured_axis(walk: Walk, node: fx.Node) -> Axis | None:

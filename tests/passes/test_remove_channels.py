@@ -53,6 +53,7 @@ def test_1_channels_that_nobody_reads_go() -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.Hardswish(), nn.PReLU(8)])
 def test_2_constants_fold_into_the_bias_of_an_unpadded_convolution(activation: nn.Module) -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation, nn.Conv2d(8, 4, 3, bias=False), nn.Flatten()
     )
