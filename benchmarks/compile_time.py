@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py --json benchmarks/results/compile_time.json
 
-Runs `trace`, `PruneChannels(0.5)` and `Fuse` on torchvision's ResNet-50 and on chains of residual blocks, each size
-several times, and keeps the medians. Checks between passes (lint, shapes, comparison of outputs) are part of the total
-and not of the seconds of a pass.
+Runs `trace`, `PruneChannels(0.5)` and `Fuse` on torchvision's ResNet-50, on chains of residual blocks and on layers with
+up to a million channels, each size several times, and keeps the medians. Checks between passes (lint, shapes,
+comparison of outputs) are part of the total and not of the seconds of a pass.
 """
 
 from __future__ import annotations
@@ -50,6 +50,26 @@ def chain(blocks: int, channels: int = 8) -> nn.Module:
     return nn.Sequential(*(Block(channels) for _ in range(blocks))).eval()
 
 
+class GroupedBlock(nn.Module):
+    """Grouped and depthwise convolutions around which the input is added: few weights for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1, groups=channels // 4, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv2(F.relu(self.bn1(self.conv1(x))))
+        return x + 1e-2 * y
+
+
+def wide(channels: int, blocks: int = 50) -> nn.Module:
+    """Return a chain of blocks whose layers make `channels` channels in all."""
+    width = channels // (2 * blocks)
+    return nn.Sequential(nn.Conv2d(3, width, 1), *(GroupedBlock(width) for _ in range(blocks))).eval()
+
+
 def measure(name: str, model: nn.Module, inputs: torch.Tensor, repeats: int) -> dict[str, Any]:
     """Return medians: seconds of the trace, of each pass, and of everything together."""
     traces: list[float] = []
@@ -75,12 +95,12 @@ def measure(name: str, model: nn.Module, inputs: torch.Tensor, repeats: int) -> 
 
 
 def doublings(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for every two chains of which one has twice the blocks of the other, the ratio of their total times."""
-    by_blocks = {int(row["name"].split()[1]): row for row in rows if row["name"].startswith("chain ")}
+    """Return, for every two models of a kind of which one has twice the size of the other, the ratio of total times."""
+    by_size = {(row["name"].split()[0], int(row["name"].split()[1])): row for row in rows if " " in row["name"]}
     return [
-        {"blocks": [blocks, 2 * blocks], "ratio": by_blocks[2 * blocks]["total"] / by_blocks[blocks]["total"]}
-        for blocks in by_blocks
-        if 2 * blocks in by_blocks
+        {"kind": kind, "sizes": [size, 2 * size], "ratio": by_size[kind, 2 * size]["total"] / row["total"]}
+        for (kind, size), row in by_size.items()
+        if (kind, 2 * size) in by_size
     ]
 
 
@@ -93,12 +113,13 @@ def show(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
         table.add_row(row["name"], str(row["nodes"]), *(f"{value:.2f}" for value in seconds))
     Console(width=160).print(table)
     for entry in ratios:
-        print(f"{entry['blocks'][0]} -> {entry['blocks'][1]} blocks: {entry['ratio']:.2f} times the time")
+        print(f"{entry['kind']} {entry['sizes'][0]} -> {entry['sizes'][1]}: {entry['ratio']:.2f} times the time")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, nargs="*", default=[100, 200, 400, 800, 1250, 2500, 5000])
+    parser.add_argument("--channels", type=int, nargs="*", default=[250_000, 500_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -111,6 +132,8 @@ def main() -> None:
     rows = [measure("resnet50", resnet, torch.randn(1, 3, 224, 224), options.repeats)]
     for blocks in options.blocks:
         rows.append(measure(f"chain {blocks}", chain(blocks), torch.randn(1, 8, 8, 8), options.repeats))
+    for channels in options.channels:
+        rows.append(measure(f"channels {channels}", wide(channels), torch.randn(1, 3, 2, 2), options.repeats))
     ratios = doublings(rows)
     show(rows, ratios)
     if options.json is not None:

@@ -64,8 +64,13 @@ def cpu_int8(document: Document) -> str:
 
 def compile_time(document: Document) -> str:
     """Seconds of compiling, by model."""
+
+    def words(name: str) -> str:
+        kind, _, size = name.partition(" ")
+        return {"chain": f"chain {size} blocks", "channels": f"{int(size or 0):,} channels"}.get(kind, name)
+
     body = [
-        [row["name"] + (" blocks" if row["name"].startswith("chain") else ""), f"{row['nodes']:,}",
+        [words(row["name"]), f"{row['nodes']:,}",
          f"{row['trace']:.2f}", f"{sum(row['passes'].values()):.2f}", f"{row['total']:.2f}"]
         for row in document["results"]["rows"]
     ]  # fmt: skip
