@@ -2,7 +2,7 @@
 
     python benchmarks/compile_time.py --json benchmarks/results/compile_time.json
 
-Runs `trace`, `PruneChannels(0.5)` and `Fuse` on torchvision's ResNet-50, on chains of residual blocks and on layers with
+Runs `trace`, `PruneChannels(0.5)` and `Fuse` on ResNet-50, on chains of residual blocks and on layers with
 up to a million channels, each size several times, and keeps the medians. Checks between passes (lint, shapes,
 comparison of outputs) are part of the total and not of the seconds of a pass.
 """
@@ -10,6 +10,7 @@ comparison of outputs) are part of the total and not of the seconds of a pass.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Iterable
@@ -77,6 +78,7 @@ def measure(name: str, model: nn.Module, inputs: torch.Tensor, repeats: int) -> 
     passes: dict[str, list[float]] = {}
     nodes = 0
     for _ in range(repeats):
+        gc.collect()  # what the last model left is not this one's business
         start = time.perf_counter()
         graph_module = fxc.trace(model, inputs)
         traces.append(time.perf_counter() - start)
