@@ -309,6 +309,8 @@ def _timm(name: str) -> nn.Module:
         model: nn.Module = create(name, pretrained=False, img_size=side)
     except TypeError:  # many take images of any size, and have no such argument
         model = create(name, pretrained=False)
+    if getattr(model, "num_classes", 1) == 0:  # published without a classifier
+        model.reset_classifier(1000)  # type: ignore[operator]
     return model
 
 
@@ -380,8 +382,9 @@ def main_reason(masked: PipelineResult, removed: PipelineResult) -> str | None:
         reasons[note.layer].add(_without_names(words))
     weights: Counter[str] = Counter()
     for layer, cost in after.items():
-        silent = layer not in reasons and layer in before and before[layer].parameters == cost.parameters
-        for words in {"no reason given"} if silent else reasons[layer]:
+        named = layer if layer in reasons else layer.rpartition(".")[0]  # a tensor that its layer's code reads itself
+        silent = named not in reasons and layer in before and before[layer].parameters == cost.parameters
+        for words in {"no reason given"} if silent else reasons[named]:
             weights[words] += cost.parameters if words else 0
     reason, parameters = max(weights.items(), key=lambda item: item[1], default=("", 0))
     return f"{reason} ({parameters / removed.rows[-1].cost.parameters:.0%} of what is left)" if parameters else None

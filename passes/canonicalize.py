@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +35,10 @@ class Canonicalize(Pass):
     5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
     6. `nn.MultiheadAttention` becomes projections, heads and `F.scaled_dot_product_attention`, or single products
        where its weights are read or dropped at random.
-    7. Nodes that nothing reads, and that do nothing besides, go.
+    7. What is several things at once becomes these: `torch.addmm` a product and an addition, a batch normalisation of
+       one sample by its own statistics (of weights, say) a LayerNorm, a scale and a shift; `movedim` becomes a
+       permutation, `torch.max` of two tensors `torch.maximum`, norms of vectors `torch.linalg.vector_norm`.
+    8. Nodes that nothing reads, and that do nothing besides, go.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -134,9 +138,11 @@ class _Rewriter:
         if name not in ops.BY_METHOD:
             return 0
         op = ops.BY_METHOD[name]
-        if op.kind == "add" and "alpha" in node.kwargs:
+        if (op.kind == "add" and "alpha" in node.kwargs) or len(node.args) > len(op.parameters):
             return 0
         bound = ops.bind(op, node.args, node.kwargs)
+        if op.kind in _OF_TWO and ops.is_tensor_node(bound["dim"]):
+            return self._become(node, _OF_TWO[op.kind], {"input": bound["input"], "other": bound["dim"]}, inplace)
         return self._become(node, op.function, bound, inplace)
 
     def size(self, node: fx.Node) -> int:
@@ -171,6 +177,80 @@ class _Rewriter:
         """x.t() becomes torch.transpose(x, 0, 1)."""
         return self._become(node, torch.transpose, {"input": node.args[0], "dim0": 0, "dim1": 1})
 
+    def norm(self, node: fx.Node) -> int:
+        """x.norm(dim=1), torch.norm(x), torch.linalg.norm(x) become vector norms, unless of matrices."""
+        names = ("x", "ord", "dim", "keepdim", "dtype")
+        bound = dict(zip(names, node.args, strict=False))
+        bound.update({{"p": "ord", "input": "x", "A": "x", "self": "x"}.get(n, n): v for n, v in node.kwargs.items()})
+        order, dim = bound.get("ord"), bound.get("dim")
+        several = not isinstance(dim, int) and node.target is torch.linalg.norm
+        if bound.get("dtype") is not None or not set(bound) <= set(names) or order == "nuc" or "out" in node.kwargs:
+            return 0
+        if order is not None and order != "fro" and (several or not isinstance(order, (int, float))):
+            return 0
+        bound["ord"] = 2 if order is None or order == "fro" else order
+        bound.pop("dtype", None)
+        return self._become(node, torch.linalg.vector_norm, {"dim": None, "keepdim": False, **bound})
+
+    def movedim(self, node: fx.Node) -> int:
+        """x.movedim(1, -1) becomes torch.permute(x, (0, 2, 3, 1))."""
+        names = ("input", "source", "destination")
+        bound: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        value = info(bound["input"]).value
+        if not isinstance(value, TensorInfo):
+            return 0
+        rank = len(value.shape)
+        source, target = (
+            [int(one) % rank for one in (given if isinstance(given, (tuple, list)) else [given])]
+            for given in (bound["source"], bound["destination"])
+        )
+        rest = iter(dimension for dimension in range(rank) if dimension not in source)
+        dims = tuple(source[target.index(place)] if place in target else next(rest) for place in range(rank))
+        return self._become(node, torch.permute, {"input": bound["input"], "dims": dims})
+
+    def add_product(self, node: fx.Node) -> int:
+        """torch.addmm(b, x, y) and torch.baddbmm(b, x, y) become b + x @ y."""
+        names = {"mat1": "left", "batch1": "left", "mat2": "right", "batch2": "right"}
+        bound: dict[str, Any] = dict(zip(("input", "left", "right"), node.args, strict=False))
+        bound.update({names.get(name, name): value for name, value in node.kwargs.items()})
+        if not ops.is_tensor_node(bound["input"]) or "out" in bound:
+            return 0
+        with self.graph.inserting_before(node):
+            product = self._insert(node, torch.matmul, bound["left"], bound["right"])
+            if bound.get("alpha", 1) != 1:
+                product = self._insert(node, operator.mul, product, bound["alpha"])
+            added = bound["input"]
+            if bound.get("beta", 1) != 1:
+                added = self._insert(node, operator.mul, added, bound["beta"])
+        return self._become(node, operator.add, {"input": added, "other": product})
+
+    def _insert(self, node: fx.Node, function: ops.Function, *args: Any) -> fx.Node:
+        """A step of what `node` computes, with a result of the same shape."""
+        made = self.graph.call_function(function, args)
+        set_info(made, layer=info(node).layer, value=info(node).value)
+        self.positions[made] = self.positions[node]
+        return made
+
+    def standardise(self, node: fx.Node, bound: dict[str, Any]) -> int:
+        """F.batch_norm of one sample by its own statistics is a layer norm of every row (standardised weights)."""
+        source, value = bound["input"], info(node).value
+        alone = isinstance(value, TensorInfo) and len(value.shape) == 3 and value.shape[0] == 1
+        if not alone or bound["training"] is not True or bound["running_mean"] is not None:
+            return 0
+        path = edit.unique_path(self.graph_module, f"{info(node).layer or node.name}.standardise")
+        layer = nn.LayerNorm(value.shape[-1], bound["eps"], elementwise_affine=False)
+        edit.add_module(self.graph_module, path, layer.train(bool(self.graph_module.training)))
+        with self.graph.inserting_before(node):
+            made = self.graph.call_module(path, (source,))
+            set_info(made, layer=path, value=value)
+            self.positions[made] = self.positions[node]
+            for name, function in (("weight", operator.mul), ("bias", operator.add)):
+                if bound[name] is not None:
+                    made = self._insert(node, function, made, self._insert(node, torch.reshape, bound[name], (-1, 1)))
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        return 1
+
     def ndim(self, node: fx.Node) -> int:
         """x.dim() is a number."""
         value = info(node.args[0]).value if isinstance(node.args[0], fx.Node) else None
@@ -186,6 +266,8 @@ class _Rewriter:
             function = ops.INPLACE_OPERATORS[target]
             inplace = ops.is_tensor_node(node.args[0])
             return self._become(node, function, ops.bind(ops.BY_FUNCTION[function], node.args, node.kwargs), inplace)
+        if target in _FUNCTION_REWRITES:
+            return _FUNCTION_REWRITES[target](self, node)
         if target not in ops.BY_FUNCTION:
             return 0
         op = ops.BY_FUNCTION[target]
@@ -196,14 +278,20 @@ class _Rewriter:
         args = node.args
         if op.kind == "einsum" and len(args) > 1 and not isinstance(args[1], (tuple, list)):
             args = (args[0], tuple(args[1:]))  # einsum("..", a, b) becomes einsum("..", (a, b))
+        if op.kind in _VARIADIC and args and not isinstance(args[0], (tuple, list)) and not _is_size(args[0]):
+            args = (tuple(args),)  # torch.ones(2, 3) becomes torch.ones((2, 3))
+        if len(args) > len(op.parameters):
+            return 0
         bound = ops.bind(op, args, node.kwargs)
+        if op.kind in _OF_TWO and ops.is_tensor_node(bound["dim"]):
+            return self._become(node, _OF_TWO[op.kind], {"input": bound["input"], "other": bound["dim"]})
         inplace = bool(bound.pop("inplace", False))
         for dropped in ("alpha", "rounding_mode", "_stacklevel"):
             bound.pop(dropped, None)
         if op.kind in _LAYERS:
             made = self._become_layer(node, op, bound)
-            if made:
-                return made
+            if made or (op.kind == "batch_norm_function" and self.standardise(node, bound)):
+                return 1
         return self._become(node, op.function, bound, inplace)
 
     def _getattr(self, node: fx.Node) -> int:
@@ -330,8 +418,20 @@ def is_tensor_value(node: fx.Node) -> bool:
 _METHOD_REWRITES: dict[str, Callable[[_Rewriter, fx.Node], int]] = {
     "view": _Rewriter.reshape, "reshape": _Rewriter.reshape, "permute": _Rewriter.permute, "flip": _Rewriter.flip,
     "expand": _Rewriter.expand, "repeat": _Rewriter.expand, "t": _Rewriter.swap, "dim": _Rewriter.ndim,
-    "ndimension": _Rewriter.ndim, "size": _Rewriter.size,
+    "ndimension": _Rewriter.ndim, "size": _Rewriter.size, "norm": _Rewriter.norm, "movedim": _Rewriter.movedim,
+    "moveaxis": _Rewriter.movedim, "addmm": _Rewriter.add_product, "baddbmm": _Rewriter.add_product,
 }  # fmt: skip
+
+_FUNCTION_REWRITES: dict[object, Callable[[_Rewriter, fx.Node], int]] = {
+    torch.norm: _Rewriter.norm, torch.linalg.norm: _Rewriter.norm, torch.movedim: _Rewriter.movedim,
+    torch.moveaxis: _Rewriter.movedim, torch.addmm: _Rewriter.add_product, torch.baddbmm: _Rewriter.add_product,
+}  # fmt: skip
+
+#: Functions that take one tuple, or what is in it one by one.
+_VARIADIC = frozenset({"meshgrid", "zeros", "ones"})
+
+#: Kinds with a second meaning: torch.max(x, y) of two tensors.
+_OF_TWO: dict[str, ops.Function] = {"max": torch.maximum, "min": torch.minimum}
 
 
 def _variadic(node: fx.Node, *keywords: str) -> Any:

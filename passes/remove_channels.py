@@ -20,7 +20,7 @@ from fxcompress.analysis.transfer import normalised_index, with_numbers
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
-from fxcompress.graph.modules import PartialLayerNorm, PartialRMSNorm
+from fxcompress.graph.modules import PartialGroupNorm, PartialLayerNorm, PartialRMSNorm
 from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 
@@ -34,8 +34,8 @@ class RemoveChannels(Pass):
     1. It carries zero, or the weights that read it are zero: removed.
     2. It carries another constant c (BN's beta, a bias, sigmoid(0)) and is read by a linear layer, or by a convolution
        without zero padding: the bias becomes b + W c, then it is removed.
-    3. It carries a constant and is read by a LayerNorm: removed, and the layer remembers what it contributed to the
-       statistics (`PartialLayerNorm`).
+    3. It carries a constant and is read by a LayerNorm, or a GroupNorm with one group: removed, and the layer remembers
+       what it contributed to the statistics (`PartialLayerNorm`, `PartialGroupNorm`).
     4. Anything else stays, with the reason in the ledger: a constant read by a padded convolution, an output of the
        model, an operator that is not understood.
 
@@ -117,6 +117,8 @@ def _fold_constants(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
             _shrink_layer_norm(graph_module, read.node, removed, constant)
         elif ops.kind(read.node) == "rms_norm":
             _shrink_rms_norm(graph_module, read.node, int((~removed).sum()))
+        elif ops.kind(read.node) == "group_norm":
+            _shrink_group_norm(graph_module, read.node, removed, constant)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and np.nansum(np.abs(constant)) > 0:
             _fold_into_bias(module, np.nan_to_num(constant))
 
@@ -140,14 +142,31 @@ def _shrink_layer_norm(
     width = old.width if isinstance(old, PartialLayerNorm) else int(old.normalized_shape[0])
     stored = int((~removed).sum())
     new = PartialLayerNorm(stored, width, old.eps, affine=False)
+    _remember_constants(new, old, info(node).value.dtype, constant)
+    edit.add_module(graph_module, str(node.target), new)
+
+
+def _shrink_group_norm(
+    graph_module: fx.GraphModule, node: fx.Node, removed: Booleans, constant: np.ndarray[Any, Any]
+) -> None:
+    """The same for a GroupNorm of one group; where there are more, whole groups have gone."""
+    old: Any = ops.submodule(node)
+    width = old.width if isinstance(old, PartialGroupNorm) else int(old.num_channels)
+    new = PartialGroupNorm(int((~removed).sum()), width, old.eps, affine=False)
+    _remember_constants(new, old, info(node).value.dtype, constant)
+    edit.add_module(graph_module, str(node.target), new)
+
+
+def _remember_constants(
+    new: PartialLayerNorm | PartialGroupNorm, old: Any, dtype: torch.dtype, constant: np.ndarray[Any, Any]
+) -> None:
     new.weight, new.bias = old.weight, old.bias
-    reference = old.weight if old.weight is not None else torch.zeros((), dtype=info(node).value.dtype)
+    reference = old.weight if old.weight is not None else torch.zeros((), dtype=dtype)
     for name, power in (("missing_sum", 1), ("missing_square", 2)):
         known = getattr(old, name, torch.zeros(())).double().item()
         value = torch.tensor(known + float((constant**power).sum()), dtype=reference.dtype, device=reference.device)
         setattr(new, name, value)
     new.training = old.training
-    edit.add_module(graph_module, str(node.target), new)
 
 
 def _shrink_rms_norm(graph_module: fx.GraphModule, node: fx.Node, stored: int) -> None:
@@ -228,7 +247,7 @@ def _update_layer(module: Any, node: fx.Node, plan: ChannelPlan) -> None:
         module.embedding_dim = module.weight.shape[1]
     elif kind in ("batch_norm", "instance_norm"):
         module.num_features = _input_width(node, plan)
-    elif kind == "group_norm":
+    elif kind == "group_norm" and isinstance(module, nn.GroupNorm):
         width = _input_width(node, plan)
         if module.num_channels != width:
             per_group = module.num_channels // module.num_groups
@@ -393,6 +412,14 @@ def _attention(node: fx.Node, plan: ChannelPlan) -> None:
         node.kwargs = {**node.kwargs, "scale": scaled(node)}
 
 
+def _conv_function(node: fx.Node, plan: ChannelPlan) -> None:
+    """A depthwise convolution has as many groups as channels."""
+    arguments = ops.arguments(node)
+    shape = info(arguments["weight"]).value.shape
+    if shape[1] == 1 and shape[0] == arguments["groups"] != 1:
+        node.kwargs = {**node.kwargs, "groups": new_shape(arguments["weight"], plan)[0]}
+
+
 def _pin_sizes(plan: ChannelPlan) -> None:
     """Numbers computed from channel sizes keep their value (a scale, say), except where they state a shape."""
     for node in plan.analysis.sizes:
@@ -408,7 +435,7 @@ def _pin_sizes(plan: ChannelPlan) -> None:
 
 
 #: Kinds whose sizes the analysis has looked at one by one.
-_STATE_SHAPES = frozenset({"reshape", "expand"})
+_STATE_SHAPES = frozenset({"reshape", "expand", "unflatten"})
 
 
 #: Kinds of nodes that have sizes written in their arguments, and how those are rewritten.
@@ -418,8 +445,10 @@ SIZES: dict[str, Callable[[fx.Node, ChannelPlan], None]] = {
     "expand": _expand,
     "split": _split,
     "chunk": _split,
+    "tensor_split": _split,
     "getitem": _getitem,
     "pad": _pad,
     "mean": _mean,
     "attention": _attention,
+    "conv_function": _conv_function,
 }

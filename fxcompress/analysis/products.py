@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from fxcompress.analysis.channels import Axes, Axis, Floats, Walk, layer, numbers
@@ -60,6 +61,78 @@ def _linear_function(walk: Walk, node: fx.Node) -> Any:
         return (*made[:-1], None)
     zero = (made[-1].constant == 0) & (walk.of(bias)[0].constant == 0)  # type: ignore[union-attr]
     return (*made[:-1], axis.with_constant(np.where(zero, 0.0, np.nan)))
+
+
+@transfer("conv_function")
+def _conv_function(walk: Walk, node: fx.Node) -> Any:
+    """A convolution whose weight is computed (standardised, say): a product over the channels of a group."""
+    arguments = ops.arguments(node)
+    source, weight, bias, groups = (arguments[name] for name in ("input", "weight", "bias", "groups"))
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(groups, int):
+        return freeze_node(walk, node)
+    kernel, given = walk.of(weight), walk.of(source)
+    channel = len(given) - len(kernel) + 1
+    walk.freeze_all((kernel[2:], given[channel + 1 :]), f"convolved over in {node.name}")
+    axis = _convolved(walk, node, given[channel], kernel, shape_of(weight), groups)
+    made = shape_of(weight)[0]
+    if bias is not None:
+        held = walk.of(bias)[0] if isinstance(bias, fx.Node) else None
+        joined = walk.tie(axis, held, f"its bias is of fixed size in {node.name}")
+        zero = (
+            np.zeros(made, dtype=bool) if held is None or axis is None else (axis.constant == 0) & (held.constant == 0)
+        )
+        axis = joined and joined.with_constant(np.where(zero, 0.0, np.nan))
+    for parameter in _tensors_behind(walk, weight):
+        walk.producers.add((id(parameter), 0))
+    return (*given[:channel], axis, *[None] * (len(kernel) - 2))
+
+
+def _convolved(
+    walk: Walk, node: fx.Node, given: Axis | None, kernel: Axes, shape: tuple[int, ...], groups: int
+) -> Axis | None:
+    """The output channels: those of the weight, whose input channels are tied to the input's."""
+    why = f"convolved in {node.name} with weights of fixed size"
+    out = kernel[0]
+    if groups == 1:
+        inner = walk.tie(given, kernel[1], why)
+        if inner is not None and given is not None:
+            read(walk, node, inner, given.constant == 0, f"a channel that is not zero is read by {node.name}")
+        return out and out.with_constant(only_zero(out.constant))
+    if shape[1] == 1 and shape[0] == groups:
+        tied = walk.tie(out, given, why)
+        zero = np.any([axis.constant == 0 for axis in (out, given) if axis is not None], axis=0)
+        return tied and tied.with_constant(np.where(zero, 0.0, np.nan))
+    inner = walk.tie(_by_position(walk, given, groups), kernel[1], why)
+    if given is not None and inner is not None:
+        read(walk, node, given, given.constant == 0, f"a channel that is not zero is read by {node.name}")
+    _by_position(walk, out, groups)
+    return out and out.with_constant(only_zero(out.constant))
+
+
+def _by_position(walk: Walk, axis: Axis | None, groups: int) -> Axis | None:
+    """Tie equal positions of all groups, which have to stay of one size; return those of the first."""
+    if axis is None:
+        return None
+    rows = axis.atoms.reshape(len(axis.atoms), groups, -1)
+    walk.link(np.broadcast_to(rows[:, :1], rows.shape), rows)
+    return axis.take(slice(0, rows.shape[2]))
+
+
+def _tensors_behind(walk: Walk, node: fx.Node) -> list[torch.Tensor]:
+    """The parameters of a weight's own shape that it is computed from."""
+    found: list[torch.Tensor] = []
+    front, seen = [node], {node}
+    while front:
+        one = front.pop()
+        if one.op == "get_attr" and shape_of(one) == shape_of(node):
+            held: Any = walk.graph_module
+            for name in str(one.target).split("."):
+                held = getattr(held, name)
+            found += [held] if isinstance(held, torch.nn.Parameter) else []
+        new = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(new)
+        front += new
+    return found
 
 
 def _contract(walk: Walk, node: fx.Node, operands: Sequence[tuple[Any, list[str]]], output: Sequence[str]) -> Axes:

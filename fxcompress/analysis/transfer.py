@@ -305,14 +305,20 @@ def keep(axes: Axes, position: int, axis: Axis | None) -> Axes:
 
 @transfer("group_norm")
 def _group_norm(walk: Walk, node: fx.Node) -> Axes:
-    """Statistics are shared within a group: its channels live and die together, whole groups go exactly."""
+    """Statistics are shared within a group: its channels live and die together, whole groups go exactly.
+
+    A single group is like a LayerNorm: constants can go if the layer remembers them (`PartialGroupNorm`).
+    """
     module: Any = layer(node)
     given = walk.of(node.all_input_nodes[0])
     axis = given[1]
     for tensor in (module.weight, module.bias):
         walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
+    walk.freeze_all(given[2:], f"normalised over by {node.target}")
     if axis is None:
-        return given
+        return (*given[:2], *[None] * len(given[2:]))
+    if getattr(module, "num_groups", 1) == 1:
+        return keep((*given[:2], *[None] * len(given[2:])), 1, _normalised_together(walk, node, axis))
     rows = axis.atoms.reshape(len(axis.atoms), module.num_groups, -1)
     walk.link(np.broadcast_to(rows[:, :, :1], rows.shape), rows)
     if not walk.follow_constants:
@@ -337,12 +343,18 @@ def _layer_norm(walk: Walk, node: fx.Node) -> Axes:
         walk.parameter(tensor, 0, axis, f"normalisation {node.target}, used in two ways")
     if axis is None:
         return given
+    return keep(given, len(given) - 1, _normalised_together(walk, node, axis))
+
+
+def _normalised_together(walk: Walk, node: fx.Node, axis: Axis) -> Axis:
+    """What a normalisation over all channels makes of them: constant only where its weight is zero."""
+    module: Any = layer(node)
     harmless = ~np.isnan(axis.constant) & walk.called_once(node)
     read(walk, node, axis, harmless, f"a channel that varies is part of the statistics of {node.target}")
     if not walk.follow_constants:
-        return keep(given, len(given) - 1, axis.varying())
+        return axis.varying()
     weight, bias = numbers(module.weight, len(axis), 1.0), numbers(module.bias, len(axis), 0.0)
-    return keep(given, len(given) - 1, axis.with_constant(np.where(weight == 0, bias, np.nan)))
+    return axis.with_constant(np.where(weight == 0, bias, np.nan))
 
 
 @transfer("prelu")
@@ -483,20 +495,36 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
 @transfer("cat")
 def _cat(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
-    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+    tensors = _parts(walk, arguments["tensors"])
+    if tensors is None:
         return freeze_node(walk, node)
-    tensors = [source for source in arguments["tensors"] if shape_of(source) != (0,)]
+    tensors = [(axes, shape) for axes, shape in tensors if shape != (0,)]
     rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank
     found: list[Axis | None] = []
     for dimension in range(rank):
-        parts = [walk.of(tensor)[dimension] for tensor in tensors]
+        parts = [axes[dimension] for axes, _ in tensors]
         if dimension == along:
-            sizes = [shape_of(tensor)[dimension] for tensor in tensors]
+            sizes = [shape[dimension] for _, shape in tensors]
             found.append(_join(walk, parts, sizes, f"concatenated in {node.name} with a tensor of fixed size"))
         else:
             found.append(tie_all(walk, parts, f"concatenated in {node.name} beside a tensor of fixed size"))
     return tuple(found)
+
+
+def _parts(walk: Walk, tensors: Any) -> list[tuple[Axes, tuple[int, ...]]] | None:
+    """Axes and shapes of several tensors, given one by one or as what one node makes; None if they are not known."""
+    if not isinstance(tensors, fx.Node):
+        return [(walk.of(tensor), shape_of(tensor)) for tensor in tensors]
+    values, axes = info(tensors).value, walk.axes.get(tensors)
+    if not isinstance(values, (tuple, list)) or not isinstance(axes, tuple) or len(axes) != len(values):
+        return None
+    if not all(
+        isinstance(value, TensorInfo) and len(given) == len(value.shape)
+        for value, given in zip(values, axes, strict=True)
+    ):
+        return None
+    return [(given, value.shape) for value, given in zip(values, axes, strict=True)]
 
 
 def _join(walk: Walk, parts: list[Axis | None], sizes: list[int], why: str) -> Axis | None:
@@ -528,19 +556,19 @@ def tie_all(walk: Walk, parts: list[Axis | None], why: str) -> Axis | None:
 @transfer("stack")
 def _stack(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
-    if isinstance(arguments["tensors"], fx.Node):  # a list that another node makes
+    tensors = _parts(walk, arguments["tensors"])
+    if tensors is None:
         return freeze_node(walk, node)
-    tensors = list(arguments["tensors"])
     rank = len(shape_of(node))
     along = int(arguments["dim"]) % rank
     tied = [
-        tie_all(walk, [walk.of(tensor)[dimension] for tensor in tensors], f"stacked in {node.name}")
+        tie_all(walk, [axes[dimension] for axes, _ in tensors], f"stacked in {node.name}")
         for dimension in range(rank - 1)
     ]
     return (*tied[:along], None, *tied[along:])
 
 
-@transfer("split", "chunk", "unbind")
+@transfer("split", "chunk", "tensor_split", "unbind")
 def _split(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
     source = node.all_input_nodes[0]
@@ -564,7 +592,8 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
     value = info(source).value if isinstance(source, fx.Node) else None
     if not isinstance(value, TensorInfo):
         found = walk.axes.get(source, ()) if isinstance(source, fx.Node) else ()
-        if isinstance(info(node).value, (TensorInfo, tuple, list, dict)) and not isinstance(index, (fx.Node, slice)):
+        known = not isinstance(index, fx.Node) and not (isinstance(index, slice) and _has_nodes(index))
+        if isinstance(info(node).value, (TensorInfo, tuple, list, dict)) and known:
             return found[index] if isinstance(found, (tuple, dict)) and found else fixed(info(node).value)
         walk.freeze_all(found, f"selected by an index that is not fixed ({node.name})")
         return fixed(info(node).value)
@@ -585,6 +614,10 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
             walk.freeze(axis, f"one index of it is selected in {node.name}")
         position += 1
     return tuple(axes)
+
+
+def _has_nodes(item: slice) -> bool:
+    return any(isinstance(bound, fx.Node) for bound in (item.start, item.stop, item.step))
 
 
 def _gather(walk: Walk, node: fx.Node, given: Axes, index: Any) -> Any:
@@ -652,6 +685,15 @@ def _reshape(walk: Walk, node: fx.Node) -> Axes:
     source = node.all_input_nodes[0]
     given = walk.of(source)
     found = regroup(walk, given, shape_of(source), shape_of(node), every_part=_meets_a_product(node))
+    if ops.kind(node) == "view_as":
+        why = f"given the shape of a tensor of fixed size in {node.name}"
+        return tuple(
+            None if axis is None and other is None else walk.tie(axis, other, why)
+            for axis, other in zip(found, walk.of(node.args[1]), strict=True)
+        )
+    if ops.kind(node) == "unflatten":
+        start = int(ops.arguments(node)["dim"]) % len(given)
+        _state_sizes(walk, node, (*[1] * start, *ops.arguments(node)["sizes"]), found, given)
     if ops.kind(node) == "reshape":
         _state_sizes(walk, node, ops.arguments(node)["shape"], found, given)
     return found
@@ -815,9 +857,12 @@ def _repeat(walk: Walk, node: fx.Node) -> Axes:
 def _repeat_interleave(walk: Walk, node: fx.Node) -> Any:
     arguments = ops.arguments(node)
     given, dim, repeats = walk.of(arguments["input"]), arguments["dim"], arguments["repeats"]
-    if not isinstance(dim, int) or not isinstance(repeats, int):
+    if not isinstance(dim, int):
         return freeze_node(walk, node)
     axis = given[dim]
+    if not isinstance(repeats, int):
+        walk.freeze(axis, f"repeated as often as is known at run time in {node.name}")
+        return keep(given, dim % len(given), None)
     return keep(given, dim % len(given), axis and axis.take(np.repeat(np.arange(len(axis)), repeats)))
 
 
@@ -848,6 +893,69 @@ def _pixel_shuffle(walk: Walk, node: fx.Node) -> Axes:
         equal = (constants == constants[:, :1]).all(axis=1)
         axis = Axis(rows[:, :, 0], np.where(equal, constants[:, 0], np.nan))
     return (*given[:channel], axis, None, None)
+
+
+@transfer("unfold")
+def _unfold(walk: Walk, node: fx.Node) -> Any:
+    """Every channel becomes one channel for each place of the window."""
+    arguments = ops.arguments(node)
+    given, source = walk.of(arguments["input"]), shape_of(arguments["input"])
+    walk.freeze_all(given[-2:], f"cut into windows by {node.name}")
+    axis, size = given[-3], source[-3]
+    if axis is None:
+        return (*given[:-3], None, None)
+    repeated = axis.take(np.repeat(np.arange(size), shape_of(node)[-2] // size))
+    padding = arguments["padding"]
+    if any(padding) if isinstance(padding, (tuple, list)) else padding:
+        repeated = repeated.with_constant(only_zero(repeated.constant))
+    return (*given[:-3], repeated, None)
+
+
+@transfer("fold")
+def _fold(walk: Walk, node: fx.Node) -> Any:
+    """The places of a window become one channel: they live and die together."""
+    given = walk.of(ops.arguments(node)["input"])
+    walk.freeze(given[-1], f"windows that {node.name} puts together")
+    axis = given[-2]
+    if axis is None:
+        return (*given[:-2], None, None, None)
+    rows = axis.atoms.reshape(len(axis.atoms), shape_of(node)[-3], -1)
+    walk.link(np.broadcast_to(rows[:, :, :1], rows.shape), rows)
+    zero = (axis.constant.reshape(rows.shape[1], -1) == 0).all(axis=1)
+    return (*given[:-2], Axis(rows[:, :, 0], np.where(zero, 0.0, np.nan)), None, None)
+
+
+@transfer("glu")
+def _glu(walk: Walk, node: fx.Node) -> Any:
+    """a * sigmoid(b): equal positions of both halves live and die together."""
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    along = int(arguments["dim"]) % len(given)
+    axis = given[along]
+    if axis is None:
+        return tuple(item and item.with_constant(only_zero(item.constant)) for item in given)
+    half = len(axis) // 2
+    first = axis.take(slice(0, half))
+    walk.link(first.atoms, axis.take(slice(half, None)).atoms)
+    others = tuple(item and item.with_constant(only_zero(item.constant)) for item in given)
+    return keep(others, along, first.with_constant(only_zero(first.constant)))
+
+
+@transfer("triu", "tril")
+def _triangle(walk: Walk, node: fx.Node) -> Axes:
+    given = walk.of(node.all_input_nodes[0])
+    walk.freeze_all(given[-2:], f"a triangle of it is kept in {node.name}")
+    return (*(axis and axis.with_constant(only_zero(axis.constant)) for axis in given[:-2]), None, None)
+
+
+@transfer("grid_sample")
+def _grid_sample(walk: Walk, node: fx.Node) -> Any:
+    """Positions are resampled; channels pass."""
+    arguments = ops.arguments(node)
+    given = walk.of(arguments["input"])
+    walk.freeze_all((walk.of(arguments["grid"]), given[2:]), f"positions that {node.name} samples")
+    batch, channel = (axis and axis.with_constant(only_zero(axis.constant)) for axis in given[:2])
+    return (batch, channel, *[None] * (len(given) - 2))
 
 
 @transfer("pixel_unshuffle")
@@ -932,9 +1040,10 @@ def _new_channels(walk: Walk, count: int, value: float) -> Axis:
 
 
 @transfer(
-    "mean", "sum", "amax", "amin", "var", "std", "softmax", "log_softmax", "normalize", "norm", "argmax", "cumsum"
-)
-def _reduce(walk: Walk, node: fx.Node) -> Axes:
+    "mean", "sum", "amax", "amin", "max", "min", "prod", "logsumexp", "var", "std", "softmax", "log_softmax",
+    "normalize", "norm", "argmax", "cumsum",
+)  # fmt: skip
+def _reduce(walk: Walk, node: fx.Node) -> Any:
     """Channels that are reduced over stay, except that zeros can leave a sum; the others pass."""
     arguments = ops.arguments(node)
     source = node.all_input_nodes[0]
@@ -950,11 +1059,14 @@ def _reduce(walk: Walk, node: fx.Node) -> Axes:
             walk.freeze(axis, f"{kind} over the channels ({node.name})")
     if kind in ("softmax", "log_softmax", "normalize", "cumsum"):
         return tuple(None if i in reduced else axis and axis.varying() for i, axis in enumerate(given))
-    keeps = (lambda c: c) if kind in ("mean", "amax", "amin") else only_zero
+    keeps = (lambda c: c) if kind in ("mean", "amax", "amin", "max", "min") else only_zero
+    keeps = (lambda c: c * np.nan) if kind == "logsumexp" else keeps
     found: list[Axis | None] = []
     for dimension, axis in enumerate(given):
         if dimension not in reduced:
             found.append(axis and axis.with_constant(keeps(axis.constant)))
         elif arguments.get("keepdim"):
             found.append(None)
+    if isinstance(info(node).value, tuple):  # values, and where they stood
+        return (tuple(found), tuple(axis and axis.varying() for axis in found))
     return tuple(found)

@@ -140,6 +140,60 @@ class PartialLayerNorm(nn.Module):
         return cls(config["stored"], config["width"], config["eps"], config["affine"], config["bias"])
 
 
+class PartialGroupNorm(nn.Module):
+    """Group normalisation with one group, of whose channels only some are stored; see `PartialLayerNorm`.
+
+    The removed channels carried constants. With p positions, n channels, s1 the sum of the missing constants and s2
+    that of their squares, the missing entries sum to p s1 and their squares to p s2.
+
+    Args:
+        stored: number of channels stored, the size of axis 1 of the input.
+        width: number of channels n of the layer before removal.
+        eps: added to the variance.
+        affine: whether there is a weight and a bias, each of shape (stored,).
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    missing_sum: torch.Tensor
+    missing_square: torch.Tensor
+
+    def __init__(self, stored: int, width: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__()
+        self.stored, self.width, self.eps = int(stored), int(width), float(eps)
+        self.register_parameter("weight", nn.Parameter(torch.ones(stored)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(stored)) if affine else None)
+        self.register_buffer("missing_sum", torch.zeros(()))
+        self.register_buffer("missing_square", torch.zeros(()))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `input` of shape (batch, stored, ...)."""
+        dims = tuple(range(1, input.ndim))
+        positions = input[0, 0].numel()
+        mean = (input.sum(dims, keepdim=True) + positions * self.missing_sum) / (self.width * positions)
+        centred = input - mean
+        missing = self.missing_square - 2 * mean * self.missing_sum + (self.width - self.stored) * mean.square()
+        squares = centred.square().sum(dims, keepdim=True) + positions * missing
+        result = centred * torch.rsqrt(squares / (self.width * positions) + self.eps)
+        if self.weight is None or self.bias is None:
+            return result
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        return result * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        """Options for the printed module."""
+        return f"{self.stored} of {self.width}, eps={self.eps}, affine={self.weight is not None}"
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"stored": self.stored, "width": self.width, "eps": self.eps, "affine": self.weight is not None}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PartialGroupNorm:
+        """Build the module that `config()` described."""
+        return cls(config["stored"], config["width"], config["eps"], config["affine"])
+
+
 class PartialRMSNorm(nn.Module):
     """Normalisation by the root mean square over the last axis, of which only some entries are stored.
 
@@ -184,4 +238,5 @@ MODULES: dict[str, Any] = {
     "StochasticDepth": StochasticDepth,
     "PartialLayerNorm": PartialLayerNorm,
     "PartialRMSNorm": PartialRMSNorm,
+    "PartialGroupNorm": PartialGroupNorm,
 }

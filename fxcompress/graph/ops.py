@@ -155,10 +155,15 @@ _op("stack", torch.stack, "tensors, dim=0")
 _op("split", torch.split, "tensor, split_size_or_sections, dim=0", methods="split", view=True,
     renamed={"split_size": "split_size_or_sections"})  # fmt: skip
 _op("chunk", torch.chunk, "input, chunks, dim=0", methods="chunk", view=True)
+_op("tensor_split", torch.tensor_split, "input, indices_or_sections, dim=0", methods="tensor_split", view=True,
+    renamed={"indices": "indices_or_sections", "sections": "indices_or_sections"})  # fmt: skip
 _op("unbind", torch.unbind, "input, dim=0", methods="unbind", view=True)
 _op("narrow", torch.narrow, "input, dim, start, length", methods="narrow", view=True)
 _op("select", torch.select, "input, dim, index", methods="select", view=True)
 _op("index_select", torch.index_select, "input, dim, index", methods="index_select")
+_op("gather", torch.gather, "input, dim, index", methods="gather")
+_op("triu", torch.triu, "input, diagonal=0", methods="triu")
+_op("tril", torch.tril, "input, diagonal=0", methods="tril")
 _op("flatten", torch.flatten, "input, start_dim=0, end_dim=-1", methods="flatten", view=True)
 _op("unflatten", torch.unflatten, "input, dim, sizes", methods="unflatten", view=True)
 _op("reshape", torch.reshape, "input, shape", view=True)
@@ -169,6 +174,9 @@ _op("squeeze", torch.squeeze, "input, dim=None", methods="squeeze", view=True)
 _op("unsqueeze", torch.unsqueeze, "input, dim", methods="unsqueeze", view=True)
 _op("flip", torch.flip, "input, dims", methods="flip")
 _op("roll", torch.roll, "input, shifts, dims=None", methods="roll")
+_op("unfold", F.unfold, "input, kernel_size, dilation=1, padding=0, stride=1")
+_op("fold", F.fold, "input, output_size, kernel_size, dilation=1, padding=0, stride=1")
+_op("glu", F.glu, "input, dim=-1")
 _op("pad", F.pad, "input, pad, mode=constant, value=None")
 _op("pixel_shuffle", F.pixel_shuffle, "input, upscale_factor")
 _op("pixel_unshuffle", F.pixel_unshuffle, "input, downscale_factor")
@@ -192,11 +200,16 @@ _op(
     "input, size=None, scale_factor=None, mode=nearest, align_corners=None, "
     "recompute_scale_factor=None, antialias=False",
 )
+_op("grid_sample", F.grid_sample, "input, grid, mode=bilinear, padding_mode=zeros, align_corners=None")
 # Reductions and normalisations without parameters
 _op("mean", torch.mean, "input, dim=None, keepdim=False, dtype=None", methods="mean", renamed={"axis": "dim"})
 _op("sum", torch.sum, "input, dim=None, keepdim=False, dtype=None", methods="sum", renamed={"axis": "dim"})
 _op("amax", torch.amax, "input, dim=None, keepdim=False", methods="amax")
 _op("amin", torch.amin, "input, dim=None, keepdim=False", methods="amin")
+_op("max", torch.max, "input, dim=None, keepdim=False", methods="max")
+_op("min", torch.min, "input, dim=None, keepdim=False", methods="min")
+_op("prod", torch.prod, "input, dim=None, keepdim=False, dtype=None", methods="prod")
+_op("logsumexp", torch.logsumexp, "input, dim, keepdim=False", methods="logsumexp")
 _op("var", torch.var, "input, dim=None, correction=1, keepdim=False", methods="var")
 _op("std", torch.std, "input, dim=None, correction=1, keepdim=False", methods="std")
 _op("norm", torch.linalg.vector_norm, "x, ord=2, dim=None, keepdim=False")
@@ -250,6 +263,7 @@ _op("tensor", torch.tensor, "data, dtype=None, device=None")
 _op("eye", torch.eye, "n, m=None, dtype=None, device=None")
 _op("linspace", torch.linspace, "start, end, steps, dtype=None, device=None")
 _op("arange", torch.arange, "start, end=None, step=1, dtype=None, device=None")
+_op("meshgrid", torch.meshgrid, "tensors, indexing=None")
 _op("zeros_like", torch.zeros_like, "input", elementwise=True)
 _op("ones_like", torch.ones_like, "input", elementwise=True)
 # Quantise-dequantise pairs
@@ -267,7 +281,8 @@ METHODS: dict[str, tuple[str, bool]] = {
     "detach": ("identity", True), "to": ("to", True), "type_as": ("to", True), "float": ("to", True),
     "half": ("to", True), "bfloat16": ("to", True), "double": ("to", True), "int": ("to", True),
     "long": ("to", True), "bool": ("to", True), "dim": ("ndim", False), "numel": ("numel", False),
-    "view_as": ("view_as", False), "new_zeros": ("zeros", False), "new_ones": ("ones", False),
+    "view_as": ("view_as", False), "reshape_as": ("view_as", False), "new_zeros": ("zeros", False),
+    "new_ones": ("ones", False),
     "items": ("items", False), "values": ("values", False), "keys": ("keys", False),
     "view": ("view_dtype", False), "item": ("item", False), "tolist": ("item", False),
 }  # fmt: skip
@@ -302,6 +317,7 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     nn.GroupNorm: "group_norm",
     nn.LayerNorm: "layer_norm",
     own.PartialLayerNorm: "layer_norm",
+    own.PartialGroupNorm: "group_norm",
     nn.RMSNorm: "rms_norm",
     own.PartialRMSNorm: "rms_norm",
     nn.LocalResponseNorm: "local_response_norm",
@@ -329,6 +345,8 @@ STATELESS_MODULES: dict[type[nn.Module], tuple[Function, str]] = {
     nn.Softmax: (F.softmax, "dim"), nn.LogSoftmax: (F.log_softmax, "dim"),
     nn.Flatten: (torch.flatten, "start_dim end_dim"),
     nn.PixelShuffle: (F.pixel_shuffle, "upscale_factor"), nn.PixelUnshuffle: (F.pixel_unshuffle, "downscale_factor"),
+    nn.Unfold: (F.unfold, "kernel_size dilation padding stride"),
+    nn.Fold: (F.fold, "output_size kernel_size dilation padding stride"), nn.GLU: (F.glu, "dim"),
     nn.ChannelShuffle: (torch.channel_shuffle, "groups"),
     nn.Upsample: (F.interpolate, "size scale_factor mode align_corners recompute_scale_factor"),
     nn.UpsamplingNearest2d: (F.interpolate, "size scale_factor mode align_corners"),

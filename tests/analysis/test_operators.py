@@ -14,7 +14,7 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.graph.compare import difference
 
-Forward = Callable[["Pair", torch.Tensor], torch.Tensor]
+Forward = Callable[["Pair", torch.Tensor], Any]
 
 
 class Pair(nn.Module):
@@ -54,47 +54,45 @@ def widths(model: nn.Module, *names: str) -> list[int]:
     return [int(model.get_parameter(f"{name}.weight").shape[0]) for name in names]
 
 
-def reasons(model: fxc.CompactModule, layer: str) -> str:
-    return " ".join(note.text for row in model.report.rows for note in row.notes if note.layer == layer)
-
-
 # -- sizes computed at run time -------------------------------------------------------------------------------------
 
 
-def with_the_width_of_another(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def with_the_width_of_another(net: Pair, x: torch.Tensor) -> Any:
     """The batch and the width of `a` state the shape of `b`, whose channels are others."""
     first, second = net.a(x), net.b(x)
     batch, width, height, breadth = first.shape
-    return second.view(batch, 2, width // 2, height * breadth).reshape(batch, width, height, breadth) + first.mean(1, keepdim=True)
+    return second.view(batch, 2, width // 2, height * breadth).reshape(batch, width, height, breadth) + first.mean(
+        1, keepdim=True
+    )
 
 
-def frozen_with_the_width_of_another(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def frozen_with_the_width_of_another(net: Pair, x: torch.Tensor) -> Any:
     """The softmax freezes `b`; the width of `a` states its size nevertheless."""
     first, second = net.a(x), net.b(x)
     batch, width, height, breadth = first.shape
     return F.softmax(second.flatten(2), 1).view(batch, width, height, breadth) + first.mean(1, keepdim=True)
 
 
-def positions_and_channels_in_one_number(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def positions_and_channels_in_one_number(net: Pair, x: torch.Tensor) -> Any:
     """A number that both the input and the width of `a` change states the size of a dimension of `b`."""
     first, second = net.a(x), net.b(x)
     rows = (first.shape[1] + first.shape[2]) // 2  # 8, as b has channels
     return second.flatten(2).reshape(x.shape[0], rows, -1).view(second.shape) + first.mean(1, keepdim=True)
 
 
-def rows_of_all_channels(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def rows_of_all_channels(net: Pair, x: torch.Tensor) -> Any:
     """The width of `a` states the size of a dimension that holds channels of `b`, and positions."""
     first, second = net.a(x), net.b(x)
     rows = second.reshape(x.shape[0], first.shape[1] * x.shape[2], x.shape[3])
     return rows.reshape(second.shape) + first.mean(1, keepdim=True)
 
 
-def slice_by_another_width(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def slice_by_another_width(net: Pair, x: torch.Tensor) -> Any:
     first = net.a(x)
     return F.softmax(net.b(x), 1)[:, : first.shape[1]] + first.mean(1, keepdim=True)
 
 
-def split_by_a_width(net: Pair, x: torch.Tensor) -> torch.Tensor:
+def split_by_a_width(net: Pair, x: torch.Tensor) -> Any:
     first = net.a(x)
     left, right = F.softmax(net.b(x), 1).split(first.shape[1] // 2, dim=1)
     return torch.cat([right, left], 1) + first.mean(1, keepdim=True)
@@ -135,3 +133,110 @@ def test_what_is_divided_by_is_not_masked_but_follows() -> None:
     removed = pruned(Divided(), (2, 3))
     assert widths(removed, "a") == [4]
     assert removed.get_buffer("periods").shape == (4,)
+
+
+# -- operators ------------------------------------------------------------------------------------------------------
+
+
+def response_norm(net: Pair, x: torch.Tensor) -> Any:
+    """Global response normalisation, as in ConvNeXt V2."""
+    y = net.a(x)
+    spread = y.norm(p=2, dim=(2, 3), keepdim=True)
+    return y * (spread / (spread.mean(dim=1, keepdim=True) + 1e-6)) + y
+
+
+def unfold_and_fold(net: Pair, x: torch.Tensor) -> Any:
+    windows = F.unfold(net.a(x), 3, padding=1).relu()
+    return F.fold(windows, (8, 8), 3, padding=1)
+
+
+def heads_of_windows(net: Pair, x: torch.Tensor) -> Any:
+    batch, width, height, breadth = net.a(x).shape
+    windows = F.unfold(net.a(x), 2, stride=2).reshape(batch, 2, width // 2, 4, 16).transpose(-1, -2)
+    windows = windows.softmax(-1) @ torch.ones(4, 4, dtype=x.dtype)
+    return F.fold(windows.transpose(-1, -2).reshape(batch, width * 4, 16), (height, breadth), 2, stride=2)
+
+
+def with_product(net: Pair, x: torch.Tensor) -> Any:
+    """Rows of channels times columns of channels: addmm and baddbmm."""
+    first, second = net.a(x).flatten(2), net.b(x).flatten(2)
+    scores = torch.baddbmm(torch.ones(1, dtype=x.dtype), first.transpose(1, 2), second, beta=0.5, alpha=0.1)
+    return torch.bmm(second, scores).view_as(net.a(x))
+
+
+OPERATORS: dict[str, tuple[Forward, list[int]]] = {
+    "tensor_split": (lambda net, x: torch.cat(net.a(x).tensor_split(3, dim=1)[::-1], 1) + net.b(x), [5, 5]),
+    "tensor_split at indices": (lambda net, x: torch.cat(torch.tensor_split(net.a(x), [2, 5], 1), 1), [4, 8]),
+    "reshape_as": (lambda net, x: net.a(x).flatten(2).reshape_as(net.b(x)), [4, 4]),
+    "norm": (response_norm, [4, 8]),
+    "norm of all": (lambda net, x: net.a(x) + net.b(x).norm(), [4, 8]),
+    "max of two": (lambda net, x: torch.max(net.a(x), net.b(x)).relu(), [4, 4]),
+    "min over positions": (lambda net, x: net.a(x).min(3, keepdim=True)[0] + net.b(x), [4, 4]),
+    "max over channels": (lambda net, x: net.a(x) + net.b(x).max(1, keepdim=True).values, [4, 8]),
+    "repeat_interleave": (lambda net, x: net.a(x).repeat_interleave(x.shape[0], dim=0)[: x.shape[0]], [4, 8]),
+    "triangle": (lambda net, x: torch.triu(net.a(x)) + net.b(x).tril(-1), [4, 4]),
+    "logsumexp": (lambda net, x: net.a(x) * net.b(x).logsumexp((2, 3), keepdim=True), [4, 4]),
+    "movedim": (lambda net, x: F.layer_norm(net.a(x).movedim(1, -1), (8,)).movedim(-1, 1), [4, 8]),
+    "moveaxis": (lambda net, x: torch.moveaxis(torch.moveaxis(net.a(x), (1, 2), (2, 1)), 1, 2), [4, 8]),
+    "grid_sample": (
+        lambda net, x: F.grid_sample(net.a(x), x[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False), [4, 8]
+    ),
+    "unfold and fold": (unfold_and_fold, [4, 8]),
+    "products with a sum": (with_product, [4, 4]),
+    "roll": (lambda net, x: net.a(x).roll(1, 1) + net.b(x).roll(1, 2), [8, 8]),
+    "gather": (lambda net, x: net.a(x).gather(1, torch.zeros(x.shape[0], 8, 8, 8).long()) + net.b(x), [8, 8]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_channels_pass_or_stay(name: str) -> None:
+    run, kept = OPERATORS[name]
+    model = Pair(run)
+    if kept[1] == 8 and "net.b" not in str(run.__code__.co_names) and "b" not in run.__code__.co_names:
+        del model.b
+        kept = kept[:1]
+    assert widths(pruned(model), *"ab"[: len(kept)]) == kept
+
+
+def test_a_gated_linear_unit_ties_its_halves() -> None:
+    removed = pruned(Pair(lambda net, x: F.glu(net.a(x), dim=1), reads=4))
+    assert widths(removed, "a") == [4]
+    assert removed.get_parameter("d.weight").shape[1] == 2
+
+
+def test_windows_split_into_heads() -> None:
+    assert widths(pruned(Pair(heads_of_windows)), "a") == [4]
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_group_norm_of_one_group_remembers_removed_constants(affine: bool) -> None:
+    norm = nn.GroupNorm(1, 8, affine=affine)
+    model = Pair(lambda net, x: net.more["norm"](net.a(x)), more={"norm": norm})
+    removed = pruned(model)
+    assert widths(removed, "a") == [4]
+    assert removed.get_submodule("more.norm").config()["width"] == 8  # type: ignore[operator]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose filters are brought to mean zero and variance one, times a gain (NFNets)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = F.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None,
+            weight=(self.gain * 0.5).view(-1), training=True, momentum=0.0, eps=1e-6,
+        ).reshape_as(self.weight)  # fmt: skip
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_standardised_weights(groups: int) -> None:
+    """What the statistics of the filters lose is remembered, groups stay of one size."""
+    model = nn.Sequential(
+        Standardised(3, 8, 1), nn.ReLU(), Standardised(8, 8, 3, padding=1, groups=groups), nn.SiLU(),
+        Standardised(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1),
+    )  # fmt: skip
+    assert widths(pruned(model), "0", "2", "4") == [4, 4, 4]
