@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxcompress.analysis import gradients
-from fxcompress.analysis.budget import Budget
+from fxcompress.analysis import gradients, latency
+from fxcompress.analysis.budget import Budget, Latency, read_budget
 from fxcompress.analysis.channels import ChannelAnalysis, Floats, analyse
 from fxcompress.analysis.importance import (
     AGGREGATES,
@@ -26,10 +27,11 @@ from fxcompress.analysis.importance import (
 from fxcompress.analysis.layers import InPython, LayerRatio, matching_layers, ratios_of_layers, read_layers, read_ratios
 from fxcompress.analysis.plans import HEADS, ChannelPlan, choose, choose_all, shares_of_layers
 from fxcompress.analysis.trial import refusals, to_zero
-from fxcompress.errors import InputError, OptionError
+from fxcompress.errors import BudgetError, InputError, OptionError
 from fxcompress.graph import edit
 from fxcompress.graph.batches import read_batches, read_pairs
 from fxcompress.graph.metadata import graph_info
+from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice, check_fraction, data_field
 from fxcompress.train.loop import find_loss
 
@@ -44,7 +46,7 @@ class ChannelOptions(Pass):
     """The options that `MaskChannels` and `PruneChannels` share; they are described there."""
 
     ratio: float | None = None
-    budget: Budget | str | None = None
+    budget: Budget | Latency | str | None = None
     importance: Any = "l2"
     scope: str = "global"
     round_to: int = 1
@@ -71,7 +73,7 @@ class ChannelOptions(Pass):
         if self.ratio is not None:
             check_fraction(name, "ratio", self.ratio)
         if self.budget is not None:
-            self._set(budget=Budget.of(self.budget))
+            self._set(budget=read_budget(self.budget))
         if callable(self.importance):
             self._set(importance=InPython(self.importance))
         if not isinstance(self.importance, InPython):
@@ -104,7 +106,9 @@ class MaskChannels(ChannelOptions):
 
     Args:
         ratio: share of the channels to mask, 0 <= ratio < 1; of every layer, or of all layers together.
-        budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)` or text such as "macs:0.5"; met within 3 %.
+        budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)`, `fxc.Bytes(0.5)` or text such as "macs:0.5",
+            met within 3 %; or `fxc.Latency(0.5)`, `fxc.Latency(ms=5.0, batch=1)`, "latency:5ms": candidates are pruned
+            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is.
         importance: "l1", "l2", "lamp", "fpgm", "bn_scale", "random"; "taylor", "hessian" or "activation", which need
             data; or a function(weight, dimension) -> scores of shape (weight.shape[dimension],), at least 0. What they
             are, and the papers: `fxcompress.analysis.importance`.
@@ -135,16 +139,59 @@ class MaskChannels(ChannelOptions):
         shares = shares_of_layers(analysis, ratios_of_layers(graph_module, ratios, context.model))
         scores = self._score(graph_module, analysis, context)
 
-        def decide(kept: Mapping[int, str]) -> ChannelPlan:
-            return choose(
-                graph_module, analysis, scores, ratio=self.ratio, budget=_read(self.budget), scope=self.scope,
-                round_to=self.round_to, heads=self.heads, shares=shares, kept=kept,
-                relative=not compares_across_layers(self._criterion()),
-            )  # fmt: skip
+        everything = choose_all(analysis, scores, self.heads)
+        fixed = refusals(graph_module, everything) if everything.dead.any() else {}
 
-        plan = _of_what_can_go(graph_module, choose_all(analysis, scores, self.heads), decide)
+        def plan_for(ratio: float | None, budget: Budget | None = None) -> ChannelPlan:
+            def decide(kept: Mapping[int, str]) -> ChannelPlan:
+                return choose(
+                    graph_module, analysis, scores, ratio=ratio, budget=budget, scope=self.scope,
+                    round_to=self.round_to, heads=self.heads, shares=shares, kept=kept,
+                    relative=not compares_across_layers(self._criterion()),
+                )  # fmt: skip
+
+            return _of_what_can_go(graph_module, everything, fixed, decide)
+
+        metrics: dict[str, Any] = {}
+        if isinstance(self.budget, Latency):
+            plan, metrics = self._meet_latency(self.budget, graph_module, context, plan_for, scores)
+        else:
+            plan = plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None)
         edits = mask(graph_module, plan)
-        return PassResult(graph_module, edits > 0, edits, tuple(plan.notes("masked")))
+        return PassResult(graph_module, edits > 0, edits, tuple(plan.notes("masked")), metrics)
+
+    def _meet_latency(
+        self,
+        budget: Latency,
+        graph_module: fx.GraphModule,
+        context: PassContext,
+        plan_for: Callable[[float], ChannelPlan],
+        scores: Floats,
+    ) -> tuple[ChannelPlan, dict[str, Any]]:
+        """Prune copies for real, time them against the graph as it is, and return the plan of the best."""
+        if budget.ms is not None and (context.whole is not None or graph_info(graph_module).regions):
+            raise BudgetError(
+                f"{budget} is for a whole model, but this one is captured in pieces: give a fraction, "
+                f"such as fxc.Latency(0.5), which every piece meets by itself"
+            )
+        inputs = latency.with_batch(context.example_inputs, budget.batch)
+        quiet = dataclasses.replace(context, progress=lambda description, done, total: None)
+
+        def pruned(plan: ChannelPlan) -> fx.GraphModule:
+            candidate = copy.deepcopy(graph_module)
+            mask(candidate, plan)
+            removed = RemoveChannels().run(candidate, quiet).graph_module
+            removed.recompile()
+            return removed
+
+        def measure(plan: ChannelPlan) -> latency.Pair:
+            return latency.time_pair(graph_module, pruned(plan), inputs)
+
+        unchanged = plan_for(0.0)
+        before = dataclasses.replace(unchanged, dead=scores == -1.0)  # by an earlier run, perhaps of this very pass
+        search = latency.Search(budget, plan_for, measure, context.progress)
+        outcome = search.run(before if before.dead.any() else unchanged)
+        return outcome.plan, outcome.metrics
 
     def _criterion(self) -> str | Function:
         return self.importance.value if isinstance(self.importance, InPython) else str(self.importance)
@@ -187,19 +234,18 @@ class MaskChannels(ChannelOptions):
         return found[0]
 
 
-def _read(budget: Budget | str | None) -> Budget | None:
-    return None if budget is None else Budget.of(budget)
-
-
 def _of_what_can_go(
-    graph_module: fx.GraphModule, everything: ChannelPlan, decide: Callable[[Mapping[int, str]], ChannelPlan]
+    graph_module: fx.GraphModule,
+    everything: ChannelPlan,
+    kept: Mapping[int, str],
+    decide: Callable[[Mapping[int, str]], ChannelPlan],
 ) -> ChannelPlan:
     """Choose among the groups that can be removed once they are masked.
 
-    What can is found by masking all of them for a moment, so that it depends neither on scores nor on the ratio. The
-    most important group of a layer is not among them: where it is chosen nevertheless, the choice itself is tried.
+    What cannot (`kept`) was found by masking all of them (`everything`) for a moment, so that it depends neither on
+    scores nor on the ratio. The most important group of a layer is not among them: where it is chosen nevertheless, the
+    choice itself is tried.
     """
-    kept = refusals(graph_module, everything) if everything.dead.any() else {}
     for _ in range(_ROUNDS):
         plan = decide(kept)
         if not (plan.dead & ~everything.dead).any():
@@ -207,10 +253,10 @@ def _of_what_can_go(
         refused = refusals(graph_module, plan)
         if not refused:
             return plan
-        kept = kept | refused
+        kept = {**kept, **refused}
     dead = plan.dead.copy()
     dead[list(kept)] = False
-    return dataclasses.replace(plan, dead=dead, reasons=plan.reasons | kept)
+    return dataclasses.replace(plan, dead=dead, reasons={**plan.reasons, **kept})
 
 
 def mask(graph_module: fx.GraphModule, plan: ChannelPlan) -> int:

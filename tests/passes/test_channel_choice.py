@@ -74,7 +74,7 @@ def test_a_module_of_the_callers_model_can_be_left_alone() -> None:
 def test_ratios_are_the_most_that_a_layer_loses_in_a_global_ranking() -> None:
     model = net()
     with torch.no_grad():  # the first layer is worth nothing next to the others
-        model.features[0].weight[1:].mul_(1e-3)  # type: ignore[index, operator]
+        model.features[0].weight[1:].mul_(1e-3)  # type: ignore[index]
     free = widths(model, P.PruneChannels(0.3))
     capped = widths(model, P.PruneChannels(0.3, ratios={"features.0": 0.2}))
     assert free[0] < 8
