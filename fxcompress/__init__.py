@@ -2,6 +2,7 @@
 
 from fxcompress import errors
 from fxcompress.analysis.budget import Budget, Bytes, Latency, MACs, Parameters
+from fxcompress.analysis.sensitivity import Sensitivity, sensitivity
 from fxcompress.api import compile
 from fxcompress.emit.artifact import load
 from fxcompress.emit.compact_module import CompactModule
@@ -27,10 +28,12 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Report",
+    "Sensitivity",
     "compile",
     "data_field",
     "errors",
     "load",
     "register",
+    "sensitivity",
     "trace",
 ]

@@ -121,6 +121,11 @@ def choose_all(analysis: ChannelAnalysis, scores: Floats, heads: str = "position
     return ChannelPlan(analysis, chooser.choose_all(), dict(chooser.reasons))
 
 
+def choosable(analysis: ChannelAnalysis, scores: Floats, kept: Mapping[int, str]) -> list[Integers]:
+    """Return the groups of every family that can be chosen: free, judged, and not among those that are kept."""
+    return _Chooser(analysis, scores, "layer", 1, "positions", 1.0, None, True, kept).members
+
+
 def shares_of_layers(analysis: ChannelAnalysis, ratios: Mapping[str, float]) -> Floats:
     """Return the share that the family of every group is to lose, shape (groups,); NaN where none is given.
 

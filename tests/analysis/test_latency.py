@@ -97,11 +97,12 @@ def test_the_batch_of_the_budget_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_latency_has_a_text() -> None:
-    for budget, text in [
+    written: list[tuple[fxc.Budget | fxc.Latency, str]] = [
         (fxc.Latency(0.5), "latency:0.5"),
         (fxc.Latency(ms=5, batch=16), "latency:5ms:batch16"),
         (fxc.Bytes(0.5), "bytes:0.5"),
-    ]:
+    ]
+    for budget, text in written:
         item = P.PruneChannels(budget=budget)
         assert print_pass(item) == f"prune-channels{{budget={text}}}"
         assert parse(print_pass(item)) == [item]
