@@ -1,7 +1,8 @@
 """fxcompress: a compiler that makes trained PyTorch models small and fast."""
 
 from fxcompress import errors
-from fxcompress.analysis.budget import Budget, MACs, Parameters
+from fxcompress.analysis.budget import Budget, Bytes, Latency, MACs, Parameters
+from fxcompress.analysis.sensitivity import Sensitivity, sensitivity
 from fxcompress.api import compile
 from fxcompress.emit.artifact import load
 from fxcompress.emit.compact_module import CompactModule
@@ -15,8 +16,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Bytes",
     "CompactModule",
     "Contract",
+    "Latency",
     "MACs",
     "Note",
     "Parameters",
@@ -25,10 +28,12 @@ __all__ = [
     "PassManager",
     "PassResult",
     "Report",
+    "Sensitivity",
     "compile",
     "data_field",
     "errors",
     "load",
     "register",
+    "sensitivity",
     "trace",
 ]

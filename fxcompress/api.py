@@ -63,7 +63,8 @@ def compile(
     if verify and not isinstance(model, fx.GraphModule):
         compare.require_same_outputs(model, captured, inputs)
     with progress_bar(progress) as manager.progress:
-        context = PassContext(inputs, {"calibration": calibration, "train_data": train_data}, target, captured)
+        data = {"calibration": calibration, "train_data": train_data}
+        context = PassContext(inputs, data, target, captured, model=model)
         result = manager.run(captured, inputs, context)
     notes = graph_info(result.graph_module).notes
     after, untraced = cost(result.graph_module), _untraced(result.graph_module)

@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 import fxcompress
 from fxcompress.errors import FxCompressError, InputError, OptionError
 from fxcompress.pipeline.base import Pass
+
+if TYPE_CHECKING:
+    from fxcompress.sources import Source
 
 app = typer.Typer(
     name="fxcompress",
@@ -160,17 +163,36 @@ def _write_report(report: fxcompress.Report, destination: str) -> None:
 def inspect(
     model: Model,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each pattern was fused or not.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure the loss with each family of channels masked; needs data.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="For --sensitivity: file.py:function that returns batches of inputs; or 'random', a trial."),
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="For --sensitivity: file.py:function that returns batches of (input, target).")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="For --validation: cross_entropy, mse, ...")] = "cross_entropy",
+    plot: Annotated[Path | None, typer.Option(help="Draw the sensitivity into this .png, .svg or .pdf.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the sensitivity here.")] = None,
     input_shape: Shapes = None,
     weights: Weights = None,
     classes: Classes = None,
 ) -> None:
-    """Show the graph of a model, its layers and their costs, and why each pattern would be fused or not."""
+    """Show the graph of a model, its layers and costs, why patterns are fused or not, and what pruning would hurt."""
     from fxcompress.analysis.cost import cost
     from fxcompress.graph.printer import print_graph
     from fxcompress.report import amount
     from fxcompress.sources import find_model
 
+    if sensitivity and calibration is None and validation is None:
+        raise InputError("--sensitivity needs data: --calibration file.py:function with batches of inputs, or "
+                         "--validation file.py:function with batches of (input, target)")  # fmt: skip
     source = find_model(model, input_shape or (), weights, classes)
+    if sensitivity:
+        _sensitivity(source, calibration, None if validation is None else (validation, loss), plot, json_path)
+        return
     graph_module = fxcompress.trace(source.model, source.example_inputs)
     if not isinstance(source.model, fxcompress.CompactModule):
         graph_module = fxcompress.PassManager("canonicalize").run(graph_module, source.example_inputs).graph_module
@@ -189,6 +211,34 @@ def inspect(
         from fxcompress.rewrite.explain import explanation, rules_of
 
         print(explanation(explain_rules(graph_module, rules_of(read_passes("fuse")))))
+
+
+def _sensitivity(
+    source: Source, calibration: str | None, labelled: tuple[str, str] | None, plot: Path | None, json_path: Path | None
+) -> None:
+    """Measure how each family of channels matters; print a table, and write the plot and the figures."""
+    from fxcompress.analysis.sensitivity_plot import plot as draw
+    from fxcompress.bench import write_json
+    from fxcompress.sources import call_function, find_calibration
+
+    for remark in source.remarks:
+        _warn(remark)
+    if labelled is not None:
+        data, loss = call_function(labelled[0]), labelled[1]
+    else:
+        data, loss = find_calibration(calibration or "random", source.example_inputs), None
+    found = fxcompress.sensitivity(source.model, source.example_inputs, data, loss)
+    table = Table("layer", "channels", *(f"{step:.0%}" for step in found.steps))
+    table.title = f"{source.name}: {found.measure} ({found.baseline:.4g} with nothing masked)"
+    for family in found.families:
+        table.add_row(family.layer, str(family.channels), *(f"{value:.3g}" for value in family.losses))
+    _console().print(table)
+    if plot is not None:
+        draw(found, plot, f"{source.name}: what masking a family of channels does")
+        print(f"wrote {plot}")
+    if json_path is not None:
+        write_json(json_path, found.to_dict())
+        print(f"wrote {json_path}")
 
 
 @app.command()

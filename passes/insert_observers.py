@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxcompress.analysis.layers import matching_layers
 from fxcompress.analysis.quantization import Anchor, GridGroup, QuantizationPlan, plan_quantization
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, set_info
 from fxcompress.graph.regions import regions
-from fxcompress.passes.mask_channels import matching_layers
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, data_field
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.fake_quantize import FakeQuantize

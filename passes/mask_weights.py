@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxcompress.analysis.layers import matching_layers
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import graph_info
-from fxcompress.passes.mask_channels import SCOPES, matching_layers
+from fxcompress.passes.mask_channels import SCOPES
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice, check_fraction
 
 METHODS = ("l1", "random")

@@ -137,6 +137,19 @@ def test_inspect_shows_graph_costs_and_reasons(run: Run) -> None:
     assert "bn [fold-batch-norm]: yes: batch norm folded into conv" in output
 
 
+def test_inspect_measures_what_pruning_would_hurt(run: Run, folder: Path) -> None:
+    code, output, errors = run("inspect", "zoo.py:with_inputs", "--sensitivity", "--validation", "zoo.py:labelled",
+                               "--plot", "s.png", "--json", "s.json")  # fmt: skip
+    assert (code, errors) == (0, "")
+    assert "cross_entropy" in output
+    written = json.loads((folder / "s.json").read_text())["results"]
+    assert [(family["layer"], family["channels"]) for family in written["families"]] == [("conv", 8)]
+    assert (folder / "s.png").stat().st_size > 1000
+    code, output, _ = run("inspect", "zoo.py:with_inputs", "--sensitivity", "--calibration", "zoo.py:data")
+    assert code == 0
+    assert "relative squared error" in output
+
+
 def test_an_artefact_can_be_inspected_and_timed(run: Run, folder: Path) -> None:
     run("compress", "zoo.py:with_inputs", "--passes", "fuse", "--out", "m.fxc")
     assert "Conv2d(1, 8" in run("inspect", "m.fxc")[1]
@@ -175,6 +188,7 @@ MISTAKES = {
         "This order would do",
     ),
     "no calibration": (("compress", "zoo.py:with_inputs", "--out", "m.fxc"), "give --calibration"),
+    "no data for the sensitivity": (("inspect", "zoo.py:with_inputs", "--sensitivity"), "needs data: --calibration"),
     "no training data": (
         ("compress", "zoo.py:with_inputs", "--passes", "train", "--out", "m.fxc"), "give --train-data",
     ),

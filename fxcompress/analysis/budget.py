@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,21 +16,25 @@ from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info
 
+#: What a budget can be in, besides latency.
+QUANTITIES = ("parameters", "macs", "bytes")
+
 
 @dataclass(frozen=True)
 class Budget:
     """A limit on a quantity: a fraction of today's (a float below or at 1) or an absolute number (an int).
 
-    Pipeline text writes it as `budget=parameters:0.5` or `budget=macs:2000000`.
+    quantity: "parameters", "macs" (per sample) or "bytes" (of parameters and buffers). Pipeline text writes it as
+    `budget=parameters:0.5` or `budget=macs:2000000`.
     """
 
     quantity: str
     limit: float | int
 
     def __post_init__(self) -> None:
-        if self.quantity not in ("parameters", "macs"):
-            hint = did_you_mean(self.quantity, ("parameters", "macs"))
-            raise OptionError(f"a budget is in parameters or macs, not {self.quantity!r}{hint}")
+        if self.quantity not in QUANTITIES:
+            hint = did_you_mean(self.quantity, (*QUANTITIES, "latency"))
+            raise OptionError(f"a budget is in parameters, macs, bytes or latency, not {self.quantity!r}{hint}")
         fraction = isinstance(self.limit, float) and 0 < self.limit <= 1
         count = isinstance(self.limit, int) and not isinstance(self.limit, bool) and self.limit > 0
         if not fraction and not count:
@@ -68,6 +73,71 @@ def MACs(limit: float | int) -> Budget:
     return Budget("macs", limit)
 
 
+def Bytes(limit: float | int) -> Budget:
+    """A budget in bytes of parameters and buffers: a fraction of today's, or a number."""
+    return Budget("bytes", limit)
+
+
+_LATENCY = re.compile(r"latency:(?P<number>[0-9.eE+-]+)(?P<unit>ms)?(?::batch(?P<batch>\d+))?")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A limit on the latency measured on this machine, of the float graph in evaluation mode.
+
+    fraction: of today's latency, above 0 and at most 1; or ms: milliseconds. One of the two. batch: the batch size at
+    which it is measured. Pipeline text writes it as `budget=latency:0.5` or `budget=latency:5ms:batch16`.
+    """
+
+    fraction: float | None = None
+    ms: float | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.ms is None):
+            raise OptionError("a latency budget is a fraction or a time: fxc.Latency(0.5) or fxc.Latency(ms=5.0)")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise OptionError(f"a latency budget is a fraction above 0 and at most 1, or ms=..., not {self.fraction!r}")
+        if self.ms is not None and not 0 < self.ms < math.inf:
+            raise OptionError(f"a latency budget is a positive number of milliseconds, not {self.ms!r}")
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise OptionError(f"a latency budget's batch must be a positive whole number, not {self.batch!r}")
+
+    def __str__(self) -> str:
+        limit = f"{self.fraction}" if self.ms is None else f"{self.ms}ms"
+        return f"latency:{limit}" + (f":batch{self.batch}" if self.batch != 1 else "")
+
+    @classmethod
+    def of(cls, text: str) -> Latency:
+        """Read text such as "latency:0.5", "latency:5ms" or "latency:5ms:batch16"."""
+        found = _LATENCY.fullmatch(text.replace(" ", "").lower())
+        try:
+            number = float(found["number"]) if found else math.nan
+        except ValueError:
+            found = None
+        if found is None:
+            raise OptionError(f"a latency budget is written as 'latency:0.5' or 'latency:5ms:batch16', not {text!r}")
+        batch = int(found["batch"] or 1)
+        return cls(ms=number, batch=batch) if found["unit"] else cls(number, batch=batch)
+
+    def target(self, dense_ms: float) -> float:
+        """Return the limit in milliseconds, given the latency of the whole network."""
+        return self.ms if self.ms is not None else float(self.fraction or 1.0) * dense_ms
+
+
+def read_budget(given: object) -> Budget | Latency:
+    """Read a budget: a `Budget`, a `Latency`, or text such as "macs:0.5" or "latency:5ms".
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if isinstance(given, Latency):
+        return given
+    if isinstance(given, str) and given.strip().lower().startswith("latency"):
+        return Latency.of(given)
+    return Budget.of(given)
+
+
 class CostOfChoice:
     """Predicts the cost of a network after removing groups of channels, without removing any.
 
@@ -80,6 +150,9 @@ class CostOfChoice:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for paths in edit.tensor_paths(graph_module).values():
             self.shapes[paths[0]] = tuple(edit.attribute(graph_module, paths[0]).shape)
+        self.item_bytes: dict[str, int] = {
+            path: edit.attribute(graph_module, path).element_size() for path in self.shapes
+        }
         self.trainable = {path for path, _ in graph_module.named_parameters()}
         self.rows = [
             (parameter.paths[0], parameter.dimension, len(parameter.axis), parameter.axis)
@@ -102,13 +175,16 @@ class CostOfChoice:
                 self.fixed_macs += count
 
     def __call__(self, quantity: str, dead: Booleans) -> float:
-        """Return "parameters" or "macs" of the network without the groups marked in `dead`."""
+        """Return the `QUANTITIES` of the network without the groups marked in `dead`."""
         shares = dict.fromkeys(self.shapes, 1.0)
         for path, dimension, size, axis in self.rows:
             if size == self.shapes[path][dimension]:
                 shares[path] *= float(np.count_nonzero(self.analysis.alive(axis, dead))) / size
         if quantity == "parameters":
             return sum(math.prod(shape) * shares[path] for path, shape in self.shapes.items() if path in self.trainable)
+        if quantity == "bytes":
+            sizes = {path: math.prod(shape) * self.item_bytes[path] for path, shape in self.shapes.items()}
+            return float(sum(size * shares[path] for path, size in sizes.items()))
         products = sum(count * math.prod(self._share(axis, dead) for axis in axes) for count, axes in self.products)
         layers = sum(count * shares[path] for path, count in self.macs_by_weight.items())
         return self.fixed_macs + products + layers

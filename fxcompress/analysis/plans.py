@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from fxcompress.analysis.budget import Budget, CostOfChoice
 from fxcompress.analysis.channels import Axis, ChannelAnalysis, Floats, ParameterAxis
 from fxcompress.analysis.grouping import Booleans, Integers
 from fxcompress.analysis.importance import families, widths
+from fxcompress.analysis.importance import members as members_of_families
 from fxcompress.errors import BudgetError, UnsupportedError
 from fxcompress.graph import edit
 from fxcompress.pipeline.base import Note
@@ -55,11 +57,14 @@ class ChannelPlan:
                 lines.append(Note(layer, f"not {verb}: {self._why(parameter.axis)}"))
         return lines
 
+    def why_kept(self, group: int) -> str | None:
+        """Return why a group stays, if there is more to say than that it was not chosen."""
+        return self.reasons.get(group) or self.analysis.frozen.get(group)
+
     def _why(self, axis: Axis) -> str:
         """The most frequent reason among the groups of an axis."""
         found = Counter(
-            self.reasons.get(group) or self.analysis.frozen.get(group) or "no channel was chosen"
-            for group in np.unique(self.analysis.groups(axis)).tolist()
+            self.why_kept(group) or "no channel was chosen" for group in np.unique(self.analysis.groups(axis)).tolist()
         )
         return found.most_common(1)[0][0]
 
@@ -78,22 +83,31 @@ def choose(
     round_to: int,
     heads: str = "positions",
     max_ratio: float = 0.95,
+    shares: Floats | None = None,
+    relative: bool = True,
+    kept: Mapping[int, str] | None = None,
 ) -> ChannelPlan:
     """Choose the groups to mask.
 
     Args:
         scores: importance of every group; NaN where it cannot be judged, which keeps the group.
-        ratio: share of the free channels to mask; or None with a budget.
+        ratio: share of the free channels to mask; or None with a budget, or where only `shares` count.
         scope: "global" ranks all groups together, each divided by the mean score of its family; "layer" masks the same
             share of every family.
         round_to: every family keeps a multiple of this many channels (as far as it has them).
         heads: whether positions within a head, whole heads, or both can go (`HEADS`).
         max_ratio: with the global scope no family loses more than this share.
+        shares: shape (groups,), the share of its own that a group's family loses instead of `ratio`, NaN for none;
+            with the global scope and a ratio or budget it is the most that the family loses.
+        relative: whether scores are divided by the mean of their family before families are ranked together.
+        kept: groups that stay, with the reason.
 
     Raises:
         BudgetError: the budget cannot be met within 3 %.
     """
-    chooser = _Chooser(analysis, scores, scope, round_to, heads, max_ratio)
+    if ratio is None and budget is None:
+        scope = "layer"
+    chooser = _Chooser(analysis, scores, scope, round_to, heads, max_ratio, shares, relative, kept or {})
     if budget is None:
         dead = chooser.choose(ratio or 0.0)
     else:
@@ -101,27 +115,65 @@ def choose(
     return ChannelPlan(analysis, dead, dict(chooser.reasons))
 
 
+def choose_all(analysis: ChannelAnalysis, scores: Floats, heads: str = "positions") -> ChannelPlan:
+    """Choose every group that can be chosen: all but the most important one of every axis."""
+    chooser = _Chooser(analysis, scores, "layer", 1, heads, 1.0, None, True, {})
+    return ChannelPlan(analysis, chooser.choose_all(), dict(chooser.reasons))
+
+
+def choosable(analysis: ChannelAnalysis, scores: Floats, kept: Mapping[int, str]) -> list[Integers]:
+    """Return the groups of every family that can be chosen: free, judged, and not among those that are kept."""
+    return _Chooser(analysis, scores, "layer", 1, "positions", 1.0, None, True, kept).members
+
+
+def shares_of_layers(analysis: ChannelAnalysis, ratios: Mapping[str, float]) -> Floats:
+    """Return the share that the family of every group is to lose, shape (groups,); NaN where none is given.
+
+    Args:
+        ratios: path of a layer -> share. Where layers of one family differ, the last one counts.
+    """
+    shares = np.full(analysis.group_count, np.nan)
+    by_layer: dict[str, list[ParameterAxis]] = {}
+    for parameter in analysis.parameters:
+        if parameter.producer:
+            for path in parameter.paths:
+                by_layer.setdefault(path.rpartition(".")[0], []).append(parameter)
+    for layer, share in ratios.items():
+        for parameter in by_layer.get(layer, []):
+            shares[np.unique(analysis.groups(parameter.axis))] = share
+    return shares
+
+
 class _Chooser:
     """Ranks the groups of every family and answers for any ratio."""
 
     def __init__(
-        self, analysis: ChannelAnalysis, scores: Floats, scope: str, round_to: int, heads: str, max_ratio: float
+        self,
+        analysis: ChannelAnalysis,
+        scores: Floats,
+        scope: str,
+        round_to: int,
+        heads: str,
+        max_ratio: float,
+        shares: Floats | None,
+        relative: bool,
+        kept: Mapping[int, str],
     ) -> None:
-        self.analysis, self.scope, self.round_to, self.max_ratio = analysis, scope, round_to, max_ratio
-        family = families(analysis)
-        free = analysis.free() & (family >= 0)
+        self.analysis, self.scope, self.round_to = analysis, scope, round_to
+        self.max_ratio, self.relative = max_ratio, relative
+        self.shares = np.full(analysis.group_count, np.nan) if shares is None else shares
+        free = analysis.free() & (families(analysis) >= 0)
         spared = _spared_parts(analysis, free, heads)
         judged = free & ~np.isnan(scores) & ~spared
+        judged[list(kept)] = False
         self.reasons = dict.fromkeys(np.flatnonzero(free & ~judged).tolist(), "the criterion cannot judge it")
         self.reasons.update(
             dict.fromkeys(np.flatnonzero(spared).tolist(), f"heads={heads!r} takes other channels of it")
         )
+        self.reasons.update(kept)
         self.is_part = analysis.grouping.kind > 0 if heads == "both" else np.zeros(analysis.group_count, dtype=bool)
         self.scores, self.width = scores, widths(analysis)
-        order = np.argsort(family, kind="stable")
-        order = order[judged[order]]
-        cuts = np.flatnonzero(np.diff(family[order])) + 1
-        self.members = [members for members in np.split(order, cuts) if len(members)]
+        self.members = members_of_families(analysis, judged)
         self.axes = _distinct_axes(analysis)
 
     def choose(self, ratio: float) -> Booleans:
@@ -137,6 +189,13 @@ class _Chooser:
                 return chosen
             dead = chosen
 
+    def choose_all(self) -> Booleans:
+        """Return every group that can be chosen."""
+        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        for members in self.members:
+            dead[members] = True
+        return self._revive(dead, self.scores)
+
     def _once(self, ratio: float, scores: Floats) -> Booleans:
         ranked = [members[np.argsort(scores[members], kind="stable")] for members in self.members]
         counts = self._even(ratio, ranked) if self.scope == "layer" else self._ranked_together(ratio, ranked, scores)
@@ -146,18 +205,27 @@ class _Chooser:
         return self._revive(dead, scores)
 
     def _even(self, ratio: float, ranked: list[Integers]) -> list[int]:
-        """The same share of every family; where heads and positions both go, what is left is a product of two."""
-        shares = [1 - math.sqrt(1 - ratio) if self.is_part[members[0]] else ratio for members in ranked]
+        """The same share of every family that has none of its own.
+
+        Where heads and positions both go, what is left is a product of two.
+        """
+        own = [self.shares[members[0]] for members in ranked]
+        wanted = [ratio if math.isnan(share) else float(share) for share in own]
+        shares = [
+            1 - math.sqrt(1 - share) if self.is_part[members[0]] else share
+            for members, share in zip(ranked, wanted, strict=True)
+        ]
         return [int(len(members) * share + 1e-9) for members, share in zip(ranked, shares, strict=True)]
 
     def _ranked_together(self, ratio: float, ranked: list[Integers], scores: Floats) -> list[int]:
         """How many of every family are among the least important of all, each score divided by its family's mean."""
         if not ranked:
             return []
-        limits = [int(len(members) * self.max_ratio) for members in ranked]
+        most = [min(self.max_ratio, np.nan_to_num(self.shares[members[0]], nan=1.0)) for members in ranked]
+        limits = [int(len(members) * share + 1e-9) for members, share in zip(ranked, most, strict=True)]
         relative, owner = [], []
         for index, (members, limit) in enumerate(zip(ranked, limits, strict=True)):
-            mean = scores[members].clip(min=0).mean()
+            mean = scores[members].clip(min=0).mean() if self.relative else 1.0
             relative.append(scores[members[:limit]] / (mean if mean > 0 else 1.0))
             owner.append(np.full(limit, index))
         total = sum(len(members) for members in ranked)

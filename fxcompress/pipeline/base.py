@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
@@ -60,6 +60,18 @@ class PassResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A whole model, and where in it the graph stands that a pass works on.
+
+    graph_module: of the whole model. inputs: its example inputs. path: of the graph within it, "" for itself.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: ExampleInputs
+    path: str = ""
+
+
 @dataclass
 class PassContext:
     """What a pass may use besides the graph.
@@ -69,6 +81,8 @@ class PassContext:
     target: "cpu" or "cuda".
     reference: the captured float graph before the first pass (the default teacher of `Distill`), when it was kept.
     progress: called as progress(description, done, total) during long work.
+    model: the caller's model, which no pass changes, where it is known.
+    whole: the model around the graph, where a pass runs on a region of it (see `around`).
     """
 
     example_inputs: ExampleInputs
@@ -76,6 +90,12 @@ class PassContext:
     target: str = "cpu"
     reference: fx.GraphModule | None = None
     progress: Callable[[str, int, int | None], None] = lambda description, done, total: None
+    model: nn.Module | None = None
+    whole: Whole | None = None
+
+    def around(self, graph_module: fx.GraphModule) -> Whole:
+        """Return the whole model that a graph is a piece of: the graph itself, unless it is a region."""
+        return self.whole or Whole(graph_module, self.example_inputs)
 
     def resource(self, given: Any, name: str, pass_name: str) -> Any:
         """Return `given`, or the resource of that name if `given` is None.
@@ -138,11 +158,12 @@ def check_fraction(pass_name: str, option: str, value: float) -> None:
         raise OptionError(f"{pass_name}: {option} must be at least 0 and below 1, not {value!r}")
 
 
-def check_choice(pass_name: str, option: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise `OptionError` unless `value` is one of `allowed`."""
+def check_choice(pass_name: str, option: str, value: object, allowed: Iterable[object], others: str = "") -> None:
+    """Raise `OptionError` unless `value` is one of `allowed`; `others` says in words what else could be given."""
     choices = list(allowed)
     if value not in choices:
-        raise OptionError(f"{pass_name}: {option} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        known = f"{', '.join(map(repr, choices))}{others and f', {others}'}"
+        raise OptionError(f"{pass_name}: {option} must be one of {known}, not {value!r}")
 
 
 def parameters_equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:

@@ -14,7 +14,7 @@ from fxcompress.graph import compare, edit
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info, info
 from fxcompress.graph.regions import Region, refresh, regions, replace
-from fxcompress.pipeline.base import Note, Pass, PassContext
+from fxcompress.pipeline.base import Note, Pass, PassContext, Whole
 
 if TYPE_CHECKING:
     from fxcompress.pipeline.manager import PassRow
@@ -90,7 +90,7 @@ def _run_segment(
         after, done[piece.layer] = run_graph(
             piece.graph_module,
             piece.inputs,
-            _context(context, piece),
+            _context(context, piece, root),
             segment,
             [f"{title}{where}" for title in titles],
         )
@@ -114,11 +114,12 @@ def _advance(graph_module: fx.GraphModule, segment: list[Pass]) -> None:
         known.canonical = known.canonical or item.name == "canonicalize"
 
 
-def _context(context: PassContext, piece: Region) -> PassContext:
+def _context(context: PassContext, piece: Region, root: fx.GraphModule) -> PassContext:
     reference = context.reference
     if reference is not None and piece.path:
         reference = edit.attribute(reference, piece.path)
-    return dataclasses.replace(context, example_inputs=piece.inputs, reference=reference)
+    whole = Whole(root, context.example_inputs, piece.path)
+    return dataclasses.replace(context, example_inputs=piece.inputs, reference=reference, whole=whole)
 
 
 def _merged(rows: dict[str, PassRow], costs: dict[str, Any]) -> PassRow:
