@@ -75,7 +75,8 @@ def score(
     Raises:
         OptionError: a function returned scores of another shape, negative ones, NaN or infinity.
     """
-    producers = [parameter for parameter in _producers(analysis) if _is_judged(analysis, parameter)]
+    free = analysis.free()
+    producers = [one for one in _producers(analysis) if free[analysis.groups(one.axis)].any()]
     magnitude = _over_indices(graph_module, analysis, producers, _magnitude("l2"), "mean")
     if criterion == "random":
         found = np.random.default_rng(seed).random(analysis.group_count)
@@ -97,11 +98,6 @@ def compares_across_layers(criterion: str | Function) -> bool:
 
 def _producers(analysis: ChannelAnalysis) -> list[ParameterAxis]:
     return [parameter for parameter in analysis.parameters if parameter.producer]
-
-
-def _is_judged(analysis: ChannelAnalysis, parameter: ParameterAxis) -> bool:
-    """Whether any group of a dimension could go."""
-    return bool(analysis.free()[analysis.groups(parameter.axis)].any())
 
 
 def _batch_norm_scales(graph_module: fx.GraphModule, analysis: ChannelAnalysis) -> list[ParameterAxis]:
