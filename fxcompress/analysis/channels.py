@@ -224,7 +224,8 @@ class ChannelAnalysis:
             return found
         parts = np.moveaxis(self.grouping.parts[found], 2, 1)  # [k, parts, size]
         rows = np.where(parts >= 0, parts, parts[:, :1]).reshape(-1, len(axis))
-        return rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+        different = {row.tobytes(): place for place, row in reversed(list(enumerate(rows)))}
+        return rows[sorted(different.values())]
 
     def alive(self, axis: Axis, dead: Booleans) -> Booleans:
         """Return which indices of an axis survive when the groups marked in `dead` (shape (groups,)) are removed."""
