@@ -327,7 +327,7 @@ class _Builder:
         def step(program: Program, values: list[Tensor]) -> Tensor:
             x = values[source].mean(2).transpose(1, 2)
             y = program.layers[index](x)[0].transpose(1, 2)
-            return y.unsqueeze(2).expand(-1, -1, size, -1)  # type: ignore[no-any-return]
+            return y.unsqueeze(2).expand(-1, -1, size, -1).contiguous()  # type: ignore[no-any-return]
 
         self.push(step, made, size)
 

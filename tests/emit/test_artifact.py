@@ -345,6 +345,7 @@ def _make(known: type[nn.Module]) -> nn.Module:
         ((1,), {"value": 2.5}),
         ((3,), {"stride": 2, "padding": 1, "ceil_mode": True}),
         ((2,), {}),
+        ((4, 2), {}),
         ((), {}),
     ]
     for args, kwargs in candidates:

@@ -23,9 +23,12 @@ from fxcompress.testing import assert_equivalent, check_pass
 from tests.strategies import Program, example, programs
 
 EXACT = 1e-10
-many = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+
+
+def examples(count: int) -> settings:
+    """So many random models; some of them take long to draw or to compile."""
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=count, deadline=None, suppress_health_check=checks)
 
 
 def _finite(model: nn.Module) -> bool:
@@ -38,7 +41,7 @@ def _masked_and_removed(model: Program, item: fxc.Pass) -> tuple[fx.GraphModule,
     return masked, removed
 
 
-@many
+@examples(1500)
 @given(
     programs(),
     st.sampled_from([0.3, 0.5, 0.8]),
@@ -55,7 +58,7 @@ def test_masked_equals_removed(model: Program, ratio: float, scope: str, importa
     assert sum(p.numel() for p in removed.parameters()) <= sum(p.numel() for p in masked.parameters())
 
 
-@many
+@examples(600)
 @given(programs(), st.randoms(use_true_random=False))
 def test_filters_zeroed_by_the_user_are_removed_exactly(model: Program, random: object) -> None:
     """Rows of weights are zero, biases and normalisations are not: the channels carry constants."""
@@ -73,7 +76,7 @@ def test_filters_zeroed_by_the_user_are_removed_exactly(model: Program, random: 
     assert_equivalent(zeroed, removed, example(3), EXACT)
 
 
-@many
+@examples(300)
 @given(
     programs(max_steps=8),
     st.sampled_from([P.MaskChannels(0.5), P.RemoveChannels(), P.MaskWeights(0.4), P.Canonicalize()]),
