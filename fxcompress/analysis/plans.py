@@ -182,12 +182,14 @@ class _Chooser:
         Rounding, and axes that would become empty, spare groups; others are chosen in their place until nothing
         changes. A group that is masked already comes first, so that a second run chooses what the first one did.
         """
-        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        dead, spared = np.zeros((2, self.analysis.group_count), dtype=bool)
         while True:
-            chosen = self._once(ratio, np.where(dead, -1.0, self.scores))
-            if not (chosen & ~dead).any():
+            scores = np.where(dead, -1.0, np.where(spared, np.inf, self.scores))
+            wanted = self._wanted(ratio, scores)
+            chosen = self._allowed(wanted, scores)
+            if not (chosen & ~dead).any() and not (wanted & ~chosen & ~spared).any():
                 return chosen
-            dead = chosen
+            dead, spared = chosen, spared | (wanted & ~chosen)
 
     def choose_all(self) -> Booleans:
         """Return every group that can be chosen."""
@@ -196,13 +198,23 @@ class _Chooser:
             dead[members] = True
         return self._revive(dead, self.scores)
 
-    def _once(self, ratio: float, scores: Floats) -> Booleans:
+    def _wanted(self, ratio: float, scores: Floats) -> Booleans:
+        """The least important groups; those with an infinite score have been spared before."""
         ranked = [members[np.argsort(scores[members], kind="stable")] for members in self.members]
         counts = self._even(ratio, ranked) if self.scope == "layer" else self._ranked_together(ratio, ranked, scores)
-        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        wanted = np.zeros(self.analysis.group_count, dtype=bool)
         for members, count in zip(ranked, counts, strict=True):
-            dead[members[: self._rounded(members, count)]] = True
-        return self._revive(dead, scores)
+            wanted[members[:count]] = True
+        return wanted & ~np.isinf(scores)
+
+    def _allowed(self, wanted: Booleans, scores: Floats) -> Booleans:
+        """Those of the wanted groups that rounding and the last index of an axis leave."""
+        allowed = np.zeros(self.analysis.group_count, dtype=bool)
+        for members in self.members:
+            ranked = members[wanted[members]]
+            ranked = ranked[np.argsort(scores[ranked], kind="stable")]
+            allowed[ranked[: self._rounded(members, len(ranked))]] = True
+        return self._revive(allowed, scores)
 
     def _even(self, ratio: float, ranked: list[Integers]) -> list[int]:
         """The same share of every family that has none of its own.
@@ -225,7 +237,8 @@ class _Chooser:
         limits = [int(len(members) * share + 1e-9) for members, share in zip(ranked, most, strict=True)]
         relative, owner = [], []
         for index, (members, limit) in enumerate(zip(ranked, limits, strict=True)):
-            mean = scores[members].clip(min=0).mean() if self.relative else 1.0
+            judged = scores[members][np.isfinite(scores[members])]
+            mean = judged.clip(min=0).mean() if self.relative and len(judged) else 1.0
             relative.append(scores[members[:limit]] / (mean if mean > 0 else 1.0))
             owner.append(np.full(limit, index))
         total = sum(len(members) for members in ranked)
@@ -244,7 +257,8 @@ class _Chooser:
         for axis in self.axes:
             groups = self.analysis.groups(axis)
             if dead[groups].any(axis=0).all():
-                best = groups[:, int(np.argmax(np.nan_to_num(scores[groups[0]], nan=np.inf)))]
+                weakest = np.nan_to_num(scores[groups], nan=np.inf).min(axis=0)  # of the groups that an index needs
+                best = groups[:, int(np.argmax(weakest))]
                 dead[best] = False
         return dead
 
