@@ -133,7 +133,23 @@ class MaskChannels(ChannelOptions):
     name: ClassVar[str] = "mask-channels"
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Plan, then zero."""
+        """Plan and zero, until there is nothing more to zero.
+
+        Masks change the scores of the channels that are left, and with them which of these could make up for one that
+        had to be spared. Criteria that need data are asked once.
+        """
+        once = isinstance(self.budget, Latency) or self._criterion() in DATA_CRITERIA
+        total, plan, metrics = 0, None, dict[str, Any]()
+        for _ in range(1 if once else _ROUNDS):
+            plan, metrics = self._plan(graph_module, context)
+            edits = mask(graph_module, plan)
+            if not edits:
+                break
+            total = edits
+        notes = tuple(plan.notes("masked")) if plan is not None else ()
+        return PassResult(graph_module, total > 0, total, notes, metrics)
+
+    def _plan(self, graph_module: fx.GraphModule, context: PassContext) -> tuple[ChannelPlan, dict[str, Any]]:
         analysis = analyse(graph_module, ignore=matching_layers(graph_module, self.ignore, context.model))
         ratios: tuple[LayerRatio, ...] = self.ratios
         shares = shares_of_layers(analysis, ratios_of_layers(graph_module, ratios, context.model))
@@ -152,13 +168,9 @@ class MaskChannels(ChannelOptions):
 
             return _of_what_can_go(graph_module, everything, fixed, decide)
 
-        metrics: dict[str, Any] = {}
         if isinstance(self.budget, Latency):
-            plan, metrics = self._meet_latency(self.budget, graph_module, context, plan_for, scores)
-        else:
-            plan = plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None)
-        edits = mask(graph_module, plan)
-        return PassResult(graph_module, edits > 0, edits, tuple(plan.notes("masked")), metrics)
+            return self._meet_latency(self.budget, graph_module, context, plan_for, scores)
+        return plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None), {}
 
     def _meet_latency(
         self,

@@ -182,7 +182,16 @@ class _Chooser:
         Rounding, and axes that would become empty, spare groups; others are chosen in their place until nothing
         changes. A group that is masked already comes first, so that a second run chooses what the first one did.
         """
-        dead, spared = np.zeros((2, self.analysis.group_count), dtype=bool)
+        dead = np.zeros(self.analysis.group_count, dtype=bool)
+        while True:
+            more = self._extended(ratio, dead)
+            if more.sum() <= dead.sum():
+                return more
+            dead = more  # what was spared beside groups that were spared as well may go now
+
+    def _extended(self, ratio: float, dead: Booleans) -> Booleans:
+        """Choose on top of the groups that are dead, without trying again what was spared once."""
+        spared = np.zeros_like(dead)
         while True:
             scores = np.where(dead, -1.0, np.where(spared, np.inf, self.scores))
             wanted = self._wanted(ratio, scores)

@@ -165,7 +165,7 @@ def with_product(net: Pair, x: torch.Tensor) -> Any:
 
 
 OPERATORS: dict[str, tuple[Forward, list[int]]] = {
-    "tensor_split": (lambda net, x: torch.cat(net.a(x).tensor_split(3, dim=1)[::-1], 1) + net.b(x), [5, 5]),
+    "tensor_split": (lambda net, x: torch.cat(net.a(x).tensor_split(3, dim=1)[::-1], 1) + net.b(x), [4, 4]),
     "tensor_split at indices": (lambda net, x: torch.cat(torch.tensor_split(net.a(x), [2, 5], 1), 1), [4, 8]),
     "reshape_as": (lambda net, x: net.a(x).flatten(2).reshape_as(net.b(x)), [4, 4]),
     "norm": (response_norm, [4, 8]),
