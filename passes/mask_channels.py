@@ -136,9 +136,10 @@ class MaskChannels(ChannelOptions):
         """Plan and zero, until there is nothing more to zero.
 
         Masks change the scores of the channels that are left, and with them which of these could make up for one that
-        had to be spared. Criteria that need data are asked once.
+        had to be spared. Criteria that need data, and functions, are asked once.
         """
-        once = isinstance(self.budget, Latency) or self._criterion() in DATA_CRITERIA
+        criterion = self._criterion()
+        once = isinstance(self.budget, Latency) or not isinstance(criterion, str) or criterion in DATA_CRITERIA
         total, plan, metrics = 0, None, dict[str, Any]()
         for _ in range(1 if once else _ROUNDS):
             plan, metrics = self._plan(graph_module, context)
