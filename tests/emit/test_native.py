@@ -450,3 +450,54 @@ def test_packed_weights_hold_every_number_once(channels: int, places: int, run: 
     assert torch.equal(packed[packed != 0].sort().values, weights.flatten().sort().values)
     assert packed.data_ptr() % 64 == 0
     assert all(wide <= 4 for wide in packing.blocks(channels))
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle between pieces of a concatenation, as ShuffleNet has it."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.first, self.second = nn.Conv2d(3, 24, 3), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        y = torch.cat((left, self.second(right)), 1)
+        n, c, h, w = y.shape
+        return y.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_a_channel_shuffle_is_one_copy(groups: int) -> None:
+    x = torch.randn(2, 3, 11, 9)
+    compact = fxc.compile(nn.Sequential(Shuffled(groups), nn.Conv2d(24, 8, 1)), "fuse, quantize", x, calibration=[x])
+    assert_same(compact, x)
+    assert python_calls(compact) == []
+    assert any(isinstance(module, Int8Conv) for name, module in compact.named_modules() if name.endswith("0.second"))
+
+
+class Tokens(nn.Module):
+    """Normalised tokens, a linear layer with GELU, and a residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.gelu(self.first(self.norm(x))))
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 70, 200])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 2, 3)])
+def test_tokens(width: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Tokens(width)
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    x = torch.randn(*shape, width)
+    compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
+    expected = by_graph(compact, x)
+    for _ in range(2):
+        noise = (compact(x) - expected).square().mean()  # numbers between two integers may be rounded to either
+        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
+    assert python_calls(compact) == []

@@ -11,8 +11,10 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -147,7 +149,20 @@ struct Pointwise {
     int64_t zero, low, high;
 };
 
-enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE };
+// Rows with mean 0 and variance 1, times a scale, plus a shift.
+struct Normalization {
+    int64_t op;
+    Place source, result;
+    int64_t rows, channels;
+    const float* scale;  // in whole vectors
+    const float* shift;
+    double epsilon;
+    int64_t kind;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION };
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -288,7 +303,8 @@ INLINE __m512 residual_numbers(const Finish& f, const uint8_t* place, int64_t ch
 
 // Finishes the sums of MR pixels and NB vectors of channels, which lie in memory: the compiler would not keep in
 // registers what is handed on by address.
-template <int NB>
+// PLAIN: bytes without a residual and an activation, which is most layers.
+template <int NB, bool PLAIN>
 INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish& f, const Limits& limits,
                         int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
     __m512 scale[NB], bias[NB];
@@ -297,25 +313,30 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
         bias[n] = _mm512_loadu_ps(f.bias + channel + 16 * n);
     }
     const int64_t bytes = std::min<int64_t>(count, 16 * NB);
-    const bool scaled = f.inverse != 1.0;
+    const __m512 inverse = limits.inverse;
+    const __m512i zero = limits.zero, low = limits.low, high = limits.high;
     constexpr int TOGETHER = NB == 1 ? 4 : NB == 2 ? 2 : 1;  // pixels that are narrowed to bytes at once
     for (int m = 0; m < pixels; m += TOGETHER) {
         __m512 y[4];
         UNROLL for (int i = 0; i < 4; i++) {
             const int n = i % NB, p = m + i / NB;
             y[i] = _mm512_setzero_ps();
-            if (i < NB * TOGETHER && (TOGETHER == 1 || p < pixels)) {
+            if (i < NB * TOGETHER)
                 y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[p] + 16 * n)), scale[n], bias[n]);
-                if (f.residual_kind != -1)
+        }
+        if (!PLAIN && f.residual_kind != -1) {
+            UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
+                const int n = i % NB, p = m + i / NB;
+                if (TOGETHER == 1 || p < pixels)
                     y[i] = _mm512_add_ps(
                         y[i], residual_numbers(f, residuals[p], channel + 16 * n, first_floats(count - 16 * n)));
             }
         }
-        if (f.activation != NONE) {
+        if (!PLAIN && f.activation != NONE) {
             UNROLL for (int i = 0; i < NB * TOGETHER; i++)
                 y[i] = activate(y[i], f.activation, (float)f.argument0, (float)f.argument1);
         }
-        if (f.kind == FLOAT) {
+        if (!PLAIN && f.kind == FLOAT) {
             UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
                 const int n = i % NB, p = m + i / NB;
                 if (TOGETHER == 1 || p < pixels)
@@ -323,10 +344,10 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
             }
             continue;
         }
-        if (scaled) UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_mul_ps(y[i], limits.inverse);
         __m512i q[4];
-        UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(y[i]);
-        const __m512i made = in_order(narrow(q, limits.zero, limits.low, limits.high));
+        UNROLL for (int i = 0; i < 4; i++)
+            q[i] = i < NB * TOGETHER ? _mm512_cvtps_epi32(_mm512_mul_ps(y[i], inverse)) : _mm512_setzero_si512();
+        const __m512i made = in_order(narrow(q, zero, low, high));
         if constexpr (TOGETHER == 1) {
             store_bytes(results[m] + channel, made, bytes);
         } else if constexpr (TOGETHER == 2) {
@@ -367,10 +388,14 @@ __attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* 
             }
         }
     }
-    alignas(64) int32_t made[MR][16 * NB];
+    alignas(64) int32_t made[MR + 3][16 * NB];  // the last pixels are finished four at a time
     UNROLL for (int m = 0; m < MR; m++)
         UNROLL for (int n = 0; n < NB; n++) _mm512_store_si512(made[m] + 16 * n, sums[m][n]);
-    finish_tile<NB>(MR, made, c.finish, limits, channel, count, results, residuals);
+    const Finish& f = c.finish;
+    if (f.kind == BYTES && f.activation == NONE && f.residual_kind == -1)
+        finish_tile<NB, true>(MR, made, f, limits, channel, count, results, residuals);
+    else
+        finish_tile<NB, false>(MR, made, f, limits, channel, count, results, residuals);
 }
 
 template <int NB>
@@ -527,7 +552,7 @@ uint8_t* scratch(size_t bytes) {
 // Row by row and 64 channels at a time. First the columns that the row needs, padding included, are brought into the
 // form in which four rows of the window stand side by side; then each pixel is a sum over the columns of its window.
 // QUADS, KERNEL: size of the window where it is known, in groups of four rows and in columns; 0: any.
-template <int QUADS, int KERNEL>
+template <int QUADS, int KERNEL, bool PLAIN>
 void depthwise_row(const Depthwise& c, const uint8_t* base, const uint8_t* padding, const int64_t* rows,
                    const int8_t* weights, int64_t chunk, int64_t count, const Limits& limits, uint8_t* to,
                    int64_t to_step) {
@@ -537,20 +562,27 @@ void depthwise_row(const Depthwise& c, const uint8_t* base, const uint8_t* paddi
     const __mmask64 mask = first_bytes(count);
     const int64_t quads = QUADS ? QUADS : (c.rows_of_window + 3) / 4;
     int8_t* ready = (int8_t*)scratch((last - first + 1) * quads * 256);
-    int8_t* into = ready;
-    for (int64_t j = first; j <= last; j++) {
-        const bool inside = j >= 0 && j < c.source_width;
-        for (int64_t q = 0; q < quads; q++, into += 256) {
-            __m512i taps[4], vectors[4];
-            UNROLL for (int i = 0; i < 4; i++) {
-                const int64_t y = 4 * q + i;
-                if (y < c.rows_of_window) {
-                    const bool here = inside && rows[y] >= 0;
-                    taps[i] = _mm512_maskz_loadu_epi8(mask, here ? base + rows[y] + j * c.source.pixel : padding);
-                } else {
-                    taps[i] = _mm512_setzero_si512();
-                }
-            }
+    for (int64_t q = 0; q < quads; q++) {
+        const uint8_t* row[4];
+        int64_t step[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const bool here = 4 * q + i < c.rows_of_window && rows[4 * q + i] >= 0;
+            row[i] = here ? base + rows[4 * q + i] : padding;  // behind the last row, weights are zero
+            step[i] = here ? c.source.pixel : 0;
+        }
+        __m512i taps[4], vectors[4];
+        taps[0] = taps[1] = taps[2] = taps[3] = _mm512_loadu_si512(padding);
+        interleave(taps, vectors);
+        for (int64_t j = first; j <= last; j++) {
+            if (j >= 0 && j < c.source_width) continue;
+            UNROLL for (int v = 0; v < 4; v++)
+                _mm512_store_si512(ready + ((j - first) * quads + q) * 256 + 64 * v, vectors[v]);
+        }
+        int8_t* into = ready + (-first * quads + q) * 256;
+        const bool three = 4 * q + 3 >= c.rows_of_window;
+        for (int64_t j = 0; j < c.source_width && j <= last; j++, into += quads * 256) {
+            UNROLL for (int i = 0; i < 3; i++) taps[i] = _mm512_maskz_loadu_epi8(mask, row[i] + j * step[i]);
+            taps[3] = three ? taps[2] : _mm512_maskz_loadu_epi8(mask, row[3] + j * step[3]);
             interleave(taps, vectors);
             UNROLL for (int v = 0; v < 4; v++) _mm512_store_si512(into + 64 * v, vectors[v]);
         }
@@ -560,6 +592,8 @@ void depthwise_row(const Depthwise& c, const uint8_t* base, const uint8_t* paddi
         scale[v] = _mm512_loadu_ps(f.scale + 64 * chunk + 16 * v);
         bias[v] = _mm512_loadu_ps(f.bias + 64 * chunk + 16 * v);
     }
+    const __m512 inverse = limits.inverse;
+    const __m512i zero = limits.zero, low = limits.low, high = limits.high;
     const int64_t window_step = dilation * quads * 256;
     constexpr int HELD = KERNEL == 3 && QUADS == 1 ? 12 : 0;  // weights that stay in registers
     __m512i held[HELD ? HELD : 1];
@@ -584,13 +618,13 @@ void depthwise_row(const Depthwise& c, const uint8_t* base, const uint8_t* paddi
         }
         __m512 values[4];
         UNROLL for (int v = 0; v < 4; v++) values[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), scale[v], bias[v]);
-        if (f.activation != NONE)
+        if (!PLAIN && f.activation != NONE)
             UNROLL for (int v = 0; v < 4; v++)
                 values[v] = activate(values[v], f.activation, (float)f.argument0, (float)f.argument1);
-        if (f.kind == BYTES) {
+        if (PLAIN || f.kind == BYTES) {
             __m512i q[4];
-            UNROLL for (int v = 0; v < 4; v++) q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(values[v], limits.inverse));
-            store_bytes(to, narrow(q, limits.zero, limits.low, limits.high), count);
+            UNROLL for (int v = 0; v < 4; v++) q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(values[v], inverse));
+            store_bytes(to, narrow(q, zero, low, high), count);
         } else {
             alignas(64) float numbers[64];
             UNROLL for (int v = 0; v < 4; v++) {
@@ -614,9 +648,10 @@ void convolve_depthwise(const Depthwise& c, uint8_t* const* buffers, int thread,
         const uint8_t* base = buffers[c.source.buffer] + c.source.offset + image * c.source.image + 64 * chunk;
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
                       row * c.width * c.result.pixel + 64 * chunk * size;
-        const auto run = quads == 1 && c.columns_of_window == 3 ? depthwise_row<1, 3>
-                         : quads == 2 && c.columns_of_window == 5 ? depthwise_row<2, 5>
-                                                                  : depthwise_row<0, 0>;
+        const bool plain = f.kind == BYTES && f.activation == NONE;
+        const auto run = quads == 1 && c.columns_of_window == 3   ? plain ? depthwise_row<1, 3, true> : depthwise_row<1, 3, false>
+                         : quads == 2 && c.columns_of_window == 5 ? plain ? depthwise_row<2, 5, true> : depthwise_row<2, 5, false>
+                                                                  : depthwise_row<0, 0, false>;
         run(c, base, c.padding, c.rows + row * c.rows_of_window, c.weights + chunk * c.columns_of_window * quads * 256,
             chunk, std::min<int64_t>(64, c.channels - 64 * chunk), limits, to, c.result.pixel);
     }
@@ -702,6 +737,24 @@ void enter(const Entrance& c, uint8_t* const* buffers, int thread, int threads) 
             }
             continue;
         }
+#ifdef __AVX512VBMI__
+        if (c.channels == 3 && c.stride_column == 1) {
+            alignas(64) uint8_t order[64] = {};
+            for (int i = 0; i < 48; i++) order[i] = (uint8_t)(i % 3 * 16 + i / 3);
+            for (int64_t x = 0; x < c.width; x += 16) {
+                const __mmask16 mask = first_floats(c.width - x);
+                __m512i q[4];
+                UNROLL for (int i = 0; i < 3; i++)
+                    q[i] = _mm512_cvtps_epi32(
+                        _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + x + i * c.stride_channel), limits.inverse));
+                q[3] = _mm512_setzero_si512();
+                const __m512i planes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+                store_bytes(to + 3 * x, _mm512_permutexvar_epi8(_mm512_load_si512(order), planes),
+                            std::min<int64_t>(48, 3 * (c.width - x)));
+            }
+            continue;
+        }
+#endif
         for (int64_t x = 0; x < c.width; x += 16) {
             const int64_t count = std::min<int64_t>(16, c.width - x);
             const __mmask16 mask = first_floats(count);
@@ -723,9 +776,29 @@ void enter(const Entrance& c, uint8_t* const* buffers, int thread, int threads) 
     }
 }
 
+void interleave_rows(const uint8_t* row, int64_t other, int64_t count, uint8_t* to) {
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int64_t i = 0; i < count; i += 64) {
+        const __mmask64 mask = first_bytes(count - i);
+        const __m512i a = _mm512_maskz_loadu_epi8(mask, row + i), b = _mm512_maskz_loadu_epi8(mask, row + other + i);
+        const __m512i x = _mm512_unpacklo_epi8(a, b), y = _mm512_unpackhi_epi8(a, b);
+        store_bytes(to + 2 * i, _mm512_permutex2var_epi64(x, low, y), 2 * (count - i));
+        if (count - i > 32) store_bytes(to + 2 * i + 64, _mm512_permutex2var_epi64(x, high, y), 2 * (count - i) - 64);
+    }
+}
+
 void copy(const Copy& c, uint8_t* const* buffers, int thread, int threads) {
     const uint8_t* source = buffers[c.source.buffer] + c.source.offset;
     uint8_t* result = buffers[c.result.buffer] + c.result.offset;
+    if (c.bytes == 1 && c.sizes[3] == 2 && c.to[3] == 1 && c.to[2] == 2 && c.from[2] == 1) {
+        const int64_t lines = c.sizes[0] * c.sizes[1];  // two rows of bytes into one, in turn: a channel shuffle
+        for (int64_t work = lines * thread / threads; work < lines * (thread + 1) / threads; work++) {
+            const int64_t j = work % c.sizes[1], i = work / c.sizes[1];
+            interleave_rows(source + i * c.from[0] + j * c.from[1], c.from[3], c.sizes[2],
+                            result + i * c.to[0] + j * c.to[1]);
+        }
+        return;
+    }
     const int64_t total = c.sizes[0] * c.sizes[1] * c.sizes[2];
     for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
         const int64_t k = work % c.sizes[2], j = work / c.sizes[2] % c.sizes[1], i = work / c.sizes[2] / c.sizes[1];
@@ -838,6 +911,62 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
     }
 }
 
+// -------------------------------------------------------------------------------------------------- normalization
+
+void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const int64_t size = c.kind == FLOAT ? 4 : 1, vectors = (c.channels + 15) / 16;
+    const __mmask16 tail = first_floats(c.channels - 16 * (vectors - 1));
+    auto part = [&](int64_t v) -> __mmask16 { return v + 1 < vectors ? (__mmask16)0xFFFF : tail; };
+    for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
+        const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t v = 0; v < vectors; v++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(part(v), from + 16 * v));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)c.channels);
+        for (int64_t v = 0; v < vectors; v++) {
+            const __m512 x = _mm512_maskz_sub_ps(part(v), _mm512_maskz_loadu_ps(part(v), from + 16 * v), mean);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        const float variance = _mm512_reduce_add_ps(squares) / (float)c.channels;
+        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(variance + (float)c.epsilon));
+        auto value = [&](int64_t v) {
+            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(part(v), from + 16 * v), mean);
+            return _mm512_fmadd_ps(_mm512_mul_ps(x, factor), _mm512_load_ps(c.scale + 16 * v),
+                                   _mm512_load_ps(c.shift + 16 * v));
+        };
+        if (c.kind == FLOAT) {
+            for (int64_t v = 0; v < vectors; v++) _mm512_mask_storeu_ps((float*)to + 16 * v, part(v), value(v));
+            continue;
+        }
+        for (int64_t v = 0; v < vectors; v += 4) {
+            __m512i q[4];
+            UNROLL for (int i = 0; i < 4; i++)
+                q[i] = v + i < vectors ? _mm512_cvtps_epi32(_mm512_mul_ps(value(v + i), limits.inverse))
+                                       : _mm512_setzero_si512();
+            store_bytes(to + 16 * v * size, in_order(narrow(q, limits.zero, limits.low, limits.high)),
+                        c.channels - 16 * v);
+        }
+    }
+}
+
+// Steps take a few microseconds, so that threads wait for each other awake; where there are more threads than cores,
+// one that waits for long makes room.
+struct Barrier {
+    std::atomic<int64_t> arrived{0};
+
+    void wait(int threads, int64_t times) {
+        const int64_t all = times * threads;
+        arrived.fetch_add(1, std::memory_order_acq_rel);
+        for (int64_t turns = 0; arrived.load(std::memory_order_acquire) < all; turns++) {
+            if (turns < 20000)
+                _mm_pause();
+            else
+                sched_yield();
+        }
+    }
+};
+
 void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threads) {
     switch (*step) {
         case CONVOLUTION: return convolve(*(const Convolution*)step, buffers, thread, threads);
@@ -847,6 +976,7 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case COPY: return copy(*(const Copy*)step, buffers, thread, threads);
         case FILL: return fill(*(const Fill*)step, buffers, thread, threads);
         case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
+        case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
     }
 }
 
@@ -864,6 +994,7 @@ int64_t fxc_size(int64_t op) {
         case COPY: return sizeof(Copy);
         case FILL: return sizeof(Fill);
         case POINTWISE: return sizeof(Pointwise);
+        case NORMALIZATION: return sizeof(Normalization);
     }
     return 0;
 }
@@ -873,12 +1004,13 @@ void fxc_run(const int64_t* const* steps, int64_t count, uint8_t* const* buffers
         for (int64_t i = 0; i < count; i++) execute(steps[i], buffers, 0, 1);
         return;
     }
+    Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num(), all = omp_get_num_threads();
         for (int64_t i = 0; i < count; i++) {
             execute(steps[i], buffers, thread, all);
-#pragma omp barrier
+            if (i + 1 < count) barrier.wait(all, i + 1);
         }
     }
 }

@@ -94,11 +94,11 @@ class _Planner:
         self.graph_module, self.recorded, self.packed = graph_module, recorded, packed
         self.plan = Plan()
         self.values: dict[fx.Node, Any] = {}
-        self.name = ""
+        self.node: fx.Node = next(iter(graph_module.graph.nodes))
 
     def run(self) -> Plan:
         for node in self.graph_module.graph.nodes:
-            self.name = node.name
+            self.node = node
             self.values[node] = self._visit(node)
         return self.plan
 
@@ -188,7 +188,7 @@ class _Planner:
 
     def _add(self, item: steps.Step | PythonCall) -> None:
         self.plan.items.append(item)
-        self.plan.names.append(self.name)
+        self.plan.names.append(self.node.name)
 
     # Memory
 
@@ -224,7 +224,25 @@ class _Planner:
         if ops.kind(node) in ("identity", "dropout"):
             return tensors[0]
         found = self._seen(node, tensors[0])
-        return found if found is not None else self._seen(node, self._contiguous(tensors[0]))
+        if found is not None:
+            return found
+        copied = self._reshaped_images(tensors[0], self.recorded[node])
+        return copied if copied is not None else self._seen(node, self._contiguous(tensors[0]))
+
+    def _reshaped_images(self, view: View, result: Any) -> View | None:
+        """Images in a new shape that need a copy, with their channels side by side; None if these are none.
+
+        The copy is done in the shape of the source, so that only dimensions may be joined that the result can split.
+        """
+        if not isinstance(result, torch.Tensor) or result.ndim != 4 or view.meta.stride(-1) == 1:
+            return None
+        copy = self._new(result.shape, result.dtype, images=True)
+        try:
+            split = copy.meta.view(view.meta.shape)
+        except RuntimeError:
+            return None
+        self._copy(view, copy.other(split))
+        return copy
 
     def _seen(self, node: fx.Node, view: View) -> Any:
         """The node's result as a view of its only tensor; None if it would need a copy."""
@@ -233,7 +251,7 @@ class _Planner:
         if node.op == "call_method":
             result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
         else:
-            result = node.target(*arguments, **keywords)
+            result = cast("Callable[..., Any]", node.target)(*arguments, **keywords)
         leaves, structure = tree_flatten(result)
         if any(leaf.untyped_storage()._cdata != view.meta.untyped_storage()._cdata for leaf in leaves):
             return None
@@ -264,7 +282,8 @@ class _Planner:
         if len(dims) > 4:
             raise Unplanned
         dims = [(1, 0, 0)] * (4 - len(dims)) + dims
-        if dims[-1][0] < dims[-2][0]:  # threads share the outer loops
+        in_turn = dims[-1][::2] == (2, 1) and dims[-2][1:] == (1, 2)  # the kernel has a loop of its own for it
+        if dims[-1][0] < dims[-2][0] and not in_turn:  # threads share the outer loops
             dims = [*dims[:-2], dims[-1], dims[-2]]
         step = steps.Copy(source=_place(source), result=_place(result), bytes=piece)
         for index, (count, from_, to) in enumerate(dims):
@@ -530,12 +549,63 @@ class _Planner:
         meta = x.meta
         if meta.dtype != torch.float32 or meta.numel() == 0:
             raise Unplanned
-        images = meta.ndim == 4
+        if self._stored_as_bytes(x, module.grid):
+            return x.other(meta_tensor(meta.shape, torch.uint8, meta.stride()))
+        images = meta.ndim == 4 and not meta.is_contiguous()
+        images = images or (meta.ndim == 4 and x.buffer.place == "input")
         result = self._new(meta.shape, torch.uint8, images=images)
         if images and meta.stride() != result.meta.stride():
             self._enter(x, result, module.grid)
         else:
             self._pointwise(result, module.grid, [(steps.LOAD, x, None)])
+        return result
+
+    def _stored_as_bytes(self, x: View, grid: Grid) -> bool:
+        """Let the step that makes a value store it as bytes, if nothing else reads it."""
+        step = self.plan.items[-1] if self.plan.items else None
+        source = self.node.args[0]
+        if (
+            not isinstance(step, (steps.Normalization, steps.Pointwise))
+            or step.kind != steps.FLOAT
+            or step.result.buffer != x.buffer.index
+            or not isinstance(source, fx.Node)
+            or not self._only_read_here(source, x.buffer)
+            or x.offset
+        ):
+            return False
+        step.kind, step.inverse, step.zero = steps.BYTES, inverse(grid.scale), grid.zero_point
+        step.low, step.high = grid.quant_min, grid.quant_max
+        step.result.pixel, step.result.image = step.result.pixel // 4, step.result.image // 4
+        x.buffer.bytes //= 4
+        return True
+
+    def _only_read_here(self, node: fx.Node, buffer: Buffer) -> bool:
+        """Whether nobody else reads a buffer, by way of views or directly."""
+        holders = [
+            one for one, value in self.values.items()
+            if any(isinstance(leaf, View) and leaf.buffer is buffer for leaf in tree_leaves(value))
+        ]  # fmt: skip
+        return all(len(one.users) == 1 for one in holders) and node in holders
+
+    def _layer_norm(self, module: nn.LayerNorm, x: View) -> View:
+        size = math.prod(module.normalized_shape)
+        if len(module.normalized_shape) != 1 or x.meta.dtype != torch.float32 or x.meta.numel() == 0:
+            raise Unplanned
+        if module not in self.packed:
+            ones, zeros = torch.ones(size), torch.zeros(size)
+            self.packed[module] = (
+                packing.vectors(ones if module.weight is None else module.weight),
+                packing.vectors(zeros if module.bias is None else module.bias),
+            )
+        scale, shift = self.packed[module]
+        rows = self._rows(x)
+        result = self._new(x.meta.shape, torch.float32)
+        step = steps.Normalization(
+            source=_rows_place(rows), result=steps.Place(result.buffer.index, 0, 4 * size, 0),
+            rows=rows.meta.shape[0], channels=size, scale=self._kept(scale), shift=self._kept(shift),
+            epsilon=module.eps, kind=steps.FLOAT, inverse=1.0, high=255,
+        )  # fmt: skip
+        self._emit(step, rows, result)
         return result
 
     def _enter(self, x: View, result: View, grid: Grid) -> None:
@@ -703,7 +773,7 @@ def _average_windows(module: Int8AvgPool, x: View) -> tuple[list[torch.Tensor], 
     shape, strides, given = x.meta.shape, x.strides(), module.arguments
     if module.operation == "mean":
         dims = given["dim"]
-        if sorted(dim % 4 for dim in ([dims] if isinstance(dims, int) else dims)) != [2, 3]:
+        if dims is None or sorted(dim % 4 for dim in ([dims] if isinstance(dims, int) else dims)) != [2, 3]:
             raise Unplanned
         return [packing.adaptive_windows(shape[i], 1, strides[i]) for i in (2, 3)], [1, 1], 0
     if module.dimensions != 2:
@@ -810,6 +880,7 @@ _MODULES: dict[type[nn.Module], Callable[..., View]] = {
     Dequantize: _Planner._dequantize,
     Int8Add: _Planner._sum,
     Int8Mul: _Planner._product,
+    nn.LayerNorm: _Planner._layer_norm,
     nn.BatchNorm1d: _Planner._batch_norm,
     nn.BatchNorm2d: _Planner._batch_norm,
     nn.BatchNorm3d: _Planner._batch_norm,

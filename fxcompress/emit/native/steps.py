@@ -141,4 +141,15 @@ class Pointwise(Step):
     )  # fmt: skip
 
 
-KINDS: tuple[type[Step], ...] = (Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise)
+class Normalization(Step):
+    """Rows with mean 0 and variance 1, times a scale, plus a shift."""
+
+    number = 8
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("rows", _number), ("channels", _number),
+        ("scale", _pointer), ("shift", _pointer), ("epsilon", _real), ("kind", _number), ("inverse", _real),
+        ("zero", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+KINDS: tuple[type[Step], ...] = (Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization)
