@@ -83,16 +83,20 @@ class _Calibration:
         return self.left.pop() if self.left else None
 
 
-def openvino(model: nn.Module, inputs: ExampleInputs, transformer: bool = False) -> Callable[[], Any]:
+def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     """OpenVINO with NNCF's post-training quantisation, told to be quick for single requests."""
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import nncf
     import openvino as ov
 
-    converted = ov.convert_model(model.eval(), example_input=inputs.args)
+    model = model.eval()
+    with torch.no_grad():  # the fast path of torch's own attention cannot be converted
+        torch.backends.mha.set_fastpath_enabled(False)
+        converted = ov.convert_model(model, example_input=inputs.args)
     converted.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs.args)})
     arguments = [tensor.numpy() for tensor in inputs.args]
-    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    attention = any("attention" in type(module).__name__.lower() for module in model.modules())
+    kind = nncf.ModelType.TRANSFORMER if attention else None
     quantized = nncf.quantize(converted, nncf.Dataset([arguments]), subset_size=1, model_type=kind)
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = ov.Core().compile_model(quantized, "CPU", hints).create_infer_request()

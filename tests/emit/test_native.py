@@ -484,7 +484,8 @@ class Tokens(nn.Module):
         self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.second(F.gelu(self.first(self.norm(x))))
+        y: torch.Tensor = self.second(F.gelu(self.first(self.norm(x))))
+        return x + y
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 70, 200])
