@@ -502,3 +502,55 @@ def test_tokens(width: int, shape: tuple[int, ...]) -> None:
         noise = (compact(x) - expected).square().mean()  # numbers between two integers may be rounded to either
         assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
     assert python_calls(compact) == []
+
+
+def image_by_image(compact: CompactModule) -> list[int]:
+    """For each plan, how many images it computes one by one."""
+    made = compact._native.made
+    assert made is not None
+    return [0 if plan.single is None else plan.single.images for plan in made.plans.values()]
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_images_of_a_batch_are_computed_one_by_one(batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(compact, x)
+        assert_same(compact, x.contiguous(memory_format=torch.channels_last))
+    finally:
+        torch.set_num_threads(before)
+    assert image_by_image(compact) == [batch, batch]
+
+
+class Mixing(nn.Module):
+    """Convolutions between which images meet."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second = how, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.how == "transpose":
+            y = y.transpose(0, 1)
+        elif self.how == "reshape":
+            y = y.reshape(y.shape[0] // 2, y.shape[1], y.shape[2] * 2, y.shape[3])
+        elif self.how == "cat":
+            y = torch.cat((y[2:], y[:2]))
+        z: torch.Tensor = self.second(y)
+        return z
+
+
+@pytest.mark.parametrize("how", ["transpose", "reshape", "cat"])
+def test_images_that_meet_are_not(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    compact = fxc.compile(Mixing(how), "fuse, quantize", x, calibration=[x])
+    assert_same(compact, x)
+    assert image_by_image(compact) == [0]

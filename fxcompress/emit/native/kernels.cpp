@@ -999,6 +999,22 @@ int64_t fxc_size(int64_t op) {
     return 0;
 }
 
+// Runs a plan for one image on each of several: every thread has images and memory of its own, and waits for nobody.
+// buffers: one table for each thread. moving: numbers of the buffers that hold all images, which lie at bases[i] and
+// `strides[i]` bytes apart.
+void fxc_run_each(const int64_t* const* steps, int64_t count, uint8_t** const* buffers, int64_t images, int64_t movings,
+                  const int64_t* moving, uint8_t* const* bases, const int64_t* strides, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        uint8_t** own = buffers[thread];
+        for (int64_t image = images * thread / all; image < images * (thread + 1) / all; image++) {
+            for (int64_t i = 0; i < movings; i++) own[moving[i]] = bases[i] + image * strides[i];
+            for (int64_t i = 0; i < count; i++) execute(steps[i], own, 0, 1);
+        }
+    }
+}
+
 void fxc_run(const int64_t* const* steps, int64_t count, uint8_t* const* buffers, int64_t threads) {
     if (threads == 1) {
         for (int64_t i = 0; i < count; i++) execute(steps[i], buffers, 0, 1);

@@ -64,9 +64,9 @@ class PythonCall:
 class Plan:
     """What a call does, item by item, and what it needs.
 
-    items: steps and Python calls. inputs: views of the tensor arguments, in order. output: the graph's output, with
-    views in the places of tensors. keep: tensors whose addresses are written in steps.
-    constants: buffers that are tensors of the model.
+    items: steps and Python calls, and names: of their nodes. inputs: views of the tensor arguments, in order.
+    output: the graph's output, with views in the places of tensors. views: all that steps read and write.
+    keep: tensors whose addresses are written in steps. constants: buffers that are tensors of the model.
     """
 
     items: list[steps.Step | PythonCall] = field(default_factory=list)
@@ -74,6 +74,7 @@ class Plan:
     buffers: list[Buffer] = field(default_factory=list)
     inputs: list[View] = field(default_factory=list)
     output: Any = None
+    views: list[View] = field(default_factory=list)
     keep: list[torch.Tensor] = field(default_factory=list)
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -157,6 +158,7 @@ class _Planner:
         self.plan.output = self._arguments(node.args[0])
         for leaf in tree_leaves(self.plan.output):
             if isinstance(leaf, View):
+                self.plan.views.append(leaf)
                 leaf.buffer.touch(len(self.plan.items))
                 if leaf.buffer.place == "arena":
                     leaf.buffer.place = "output"
@@ -206,6 +208,7 @@ class _Planner:
         step.op = step.number
         for view in views:
             view.buffer.touch(len(self.plan.items))
+        self.plan.views += views
         self._add(step)
 
     def _kept(self, tensor: torch.Tensor) -> Any:
