@@ -309,7 +309,8 @@ class _Memory:
         """Return a view as a tensor."""
         meta, index = view.meta, view.buffer.index
         if index in self.constants:
-            return self.constants[index].as_strided(meta.shape, meta.stride(), meta.storage_offset())
+            base = self.constants[index]
+            return base.as_strided(meta.shape, meta.stride(), base.storage_offset() + meta.storage_offset())
         if index in self.offsets:
             start = self.shift + self.offsets[index]
             flat = self.arena[start : start + view.buffer.bytes].view(meta.dtype)
