@@ -23,7 +23,7 @@ class Calibrate(Pass):
     """Run data through a graph with observers, in evaluation mode and without gradients.
 
     The observers forget what they have seen before, so the statistics are those of this data alone, and a second run
-    on the same data changes nothing.
+    on the same data changes nothing. Fake-quantisers that training has started with keep what they have.
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`. One of:
@@ -43,7 +43,8 @@ class Calibrate(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Record, and compare the statistics with those before."""
-        observers = observers_of(graph_module)
+        found = observers_of(graph_module).items()
+        observers = {path: observer for path, observer in found if not getattr(observer, "quantizing", False)}
         if not observers:
             return PassResult(graph_module, modified=False)
         data = context.resource(self.calibration, "calibration", type(self).__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxcompress.errors import InputError, OptionError, did_you_mean
-from fxcompress.quant.arithmetic import affine_parameters, coarsened
+from fxcompress.quant.arithmetic import affine_parameters, coarsened, fake_quantize
 from fxcompress.quant.spec import ACTIVATION, VALUE_SIGNIFICANDS, WEIGHT_SIGNIFICANDS, QuantSpec
 
 
@@ -160,6 +160,43 @@ class PerChannelMinMax(Observer):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class PerChannelError(Observer):
+    """Covers, for each index of one axis, the range with the least squared error of rounding and clipping.
+
+    Looks at the last tensor only, as weights are the same at every call. For few bits, where the largest weights are
+    better clipped than all others rounded coarsely.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        if spec.channel_axis is None:
+            raise OptionError("PerChannelError needs a QuantSpec with a channel_axis")
+        super().__init__(spec)
+        self.latest = torch.empty(0)
+
+    def record(self, x: torch.Tensor) -> None:
+        """Remember `x`, without copying it."""
+        self.latest = x
+
+    def reset(self) -> None:
+        """Forget everything recorded."""
+        super().reset()
+        self.latest = self.latest.new_empty(0)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the range of each channel, of those that share the middle of the grid with the widest one."""
+        rows = self.latest.float().movedim(self.spec.channel_axis or 0, 0).flatten(1)
+        low, high = torch.aminmax(rows, dim=1) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
+        spec = self.spec.along(0)
+        best, least = torch.ones_like(low), torch.full_like(low, math.inf)
+        for share in torch.linspace(1.0, _NARROWEST, _CANDIDATES):
+            error = (
+                (fake_quantize(rows, *affine_parameters(low * share, high * share, spec), spec) - rows).square().sum(1)
+            )
+            best = torch.where(error < least, share, best)
+            least = torch.minimum(error, least)
+        return low * best, high * best
 
 
 class Histogram(Observer):
@@ -460,6 +497,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "histogram": Histogram,
     "percentile": Percentile,
     "per-channel": PerChannelMinMax,
+    "per-channel-error": PerChannelError,
 }
 
 
