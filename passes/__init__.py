@@ -21,11 +21,13 @@ from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_channels import MaskChannels
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.qat import QAT
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.passes.train import Train
 
 __all__ = [
+    "QAT",
     "Calibrate",
     "Canonicalize",
     "ConvertObserved",

@@ -13,11 +13,14 @@ from fxcompress.analysis.quantization import data_inputs, moves
 from fxcompress.errors import InputError, PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
-from fxcompress.passes.insert_observers import is_observer, make_functional
+from fxcompress.passes.fuse_conv_bn import FoldBatchNorm
+from fxcompress.passes.insert_observers import is_observer, make_functional, observers_of
 from fxcompress.passes.join_conv_bn import fold_batch_norms
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.quant.arithmetic import fake_quantize
+from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import ChannelMean
+from fxcompress.rewrite.driver import apply
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class ConvertObserved(Pass):
        summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for.
        Numbers of fewer bits have larger steps, of which a fraction is taken. A bias that belongs to several layers
        stays as it is.
-    5. Layers that were trained with their batch norms become plain ones with folded weights and biases
-       (`quant.normed_layers`), whether 8-bit or not. A fake-quantiser has the grid that training has left.
+    5. After training with fake-quantisers, layers that were joined with their batch norms (`quant.normed_layers`)
+       become plain ones with folded numbers, and batch norms behind layers without an 8-bit kernel are folded as well
+       (`FoldBatchNorm`). The grids are those that training has left.
     6. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
@@ -51,7 +55,9 @@ class ConvertObserved(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Fold batch norms, correct the biases, then convert the observers one by one."""
         numbers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        edits = _fold_batch_norms(graph_module) + _correct_biases(graph_module)
+        edits = _correct_biases(graph_module)
+        if any(isinstance(observer, FakeQuantize) for observer in observers_of(graph_module).values()):
+            edits += _fold_batch_norms(graph_module)
         for node in list(graph_module.graph.nodes):
             observer = ops.submodule(node)
             if is_observer(observer):
@@ -85,7 +91,7 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> int:
         for made in (weight, quantized):
             set_info(made, layer=path)
         make_functional(graph_module, node, node.args[0], quantized)
-    return len(joined)
+    return len(joined) + apply(graph_module, FoldBatchNorm().rules()).edits
 
 
 def _correct_biases(graph_module: fx.GraphModule) -> int:

@@ -27,6 +27,7 @@ BUILT_IN: dict[str, str] = {
     "convert-observed": "convert_observed:ConvertObserved",
     "lower": "lower:Lower",
     "quantize": "quantize:Quantize",
+    "qat": "qat:QAT",
     "train": "train:Train",
 }
 

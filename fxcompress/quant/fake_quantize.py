@@ -98,7 +98,9 @@ class FakeQuantize(nn.Module):
         """
         if isinstance(x, FakeTensor):
             return x  # only shapes are wanted
-        if self.training and not self.frozen and x.numel():
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()  # as mixed precision gives it: too coarse for a grid of 8 bits
+        if self.training and x.numel():
             return self._train(x, gain)
         if self.recording:
             self.observer(x)
@@ -130,8 +132,9 @@ class FakeQuantize(nn.Module):
 
     def _train(self, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         """Look at `x`, then round it."""
-        self._observe(x)
-        self._start(gain)
+        if not self.frozen:
+            self._observe(x)
+            self._start(gain)
         return fake_quantize(x, self.scale, self.zero_point, self.spec)
 
     def _observe(self, x: torch.Tensor) -> None:
@@ -165,7 +168,7 @@ class LearnedQuantize(FakeQuantize):
         dy/ds = round(x / s) - x / s inside; clipped: q - z, or q - n where there is an offset
         dy/db = 0 inside, 1 where q is clipped
 
-    1. The first grid is the observer's: of what `Calibrate` has shown it, or else of the first batch in training mode.
+    1. The first grid is the observer's: of what `Calibrate` has shown it, or of the first batch in training mode.
     2. The grid in use is the nearest one that the format allows (a coarse scale, an even zero point, see `QuantSpec`);
        the learned numbers themselves stay fine, and take the gradients as if they were in use.
     3. The gradients of s and b are multiplied by g = 1 / sqrt(N * (p - z)), with N the number of weights that have this
@@ -200,22 +203,32 @@ class LearnedQuantize(FakeQuantize):
                 learned.fill_(1.0)
 
     def _train(self, x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-        """Round to the grid as it has been learned so far; at the first call to the observer's."""
+        """Round to the grid as it has been learned so far; at the first call to the observer's.
+
+        Once that is frozen, the gradients of what was learned are zero: parameters without any would stop training
+        on several processes.
+        """
         if not self.quantizing:
             if not self.observer.count:
                 self._observe(x)
             self._start(gain)
-        spec, share = self.spec, self._gradient_share(x)
+        share = 0.0 if self.frozen else self._gradient_share(x)
         step = _learned(self.initial_step, self.step, share)
-        step = step if gain is None else step * gain
-        scale = nearest_coarse_scale(step.detach().clamp(min=SMALLEST_SCALE), spec.significands)
+        if gain is not None:
+            step = step * (gain.detach() if self.frozen else gain)
         offset = None if self.offset is None else _learned(self.initial_offset, self.offset, share)
-        zero_point = self.zero_point.clone()
-        if offset is not None:
-            zero_point = zero_point_for(offset.detach().clamp(max=0.0), scale, spec)
-        self._keep(scale, zero_point)
-        rounded: torch.Tensor = _LearnedRounding.apply(x, step, offset, scale, zero_point, spec)
+        if not self.frozen:
+            self._keep(*self._grid(step.detach(), offset))
+        numbers = self.scale.clone(), self.zero_point.clone()  # another call may change them before the way back
+        rounded: torch.Tensor = _LearnedRounding.apply(x, step, offset, *numbers, self.spec)
         return rounded
+
+    def _grid(self, step: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale and zero point nearest to what has been learned."""
+        scale = nearest_coarse_scale(step.clamp(min=SMALLEST_SCALE), self.spec.significands)
+        if offset is None:
+            return scale, self.zero_point
+        return scale, zero_point_for(offset.detach().clamp(max=0.0), scale, self.spec)
 
     def _start(self, gain: torch.Tensor | None) -> None:
         """Take over the grid that the observer proposes."""

@@ -47,7 +47,8 @@ class NormedLayer(nn.Module):
     def of(cls, layer: nn.Module, norm: nn.Module) -> NormedLayer:
         """Return a layer that shares the parameters and options of a layer and a batch norm."""
         made: Any = _twin(layer, _NORMED[type(layer)])
-        made.norm, made.quantizer, made.freeze_at = norm, None, 1.0
+        made.norm, made.freeze_at = norm, 1.0
+        made.register_module("quantizer", None)
         made.register_buffer("frozen", torch.tensor(False))
         return made  # type: ignore[no-any-return]
 
