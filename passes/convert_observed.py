@@ -15,7 +15,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
 from fxcompress.passes.fuse_conv_bn import FoldBatchNorm
 from fxcompress.passes.insert_observers import is_observer, make_functional, observers_of
-from fxcompress.passes.join_conv_bn import fold_batch_norms
+from fxcompress.passes.join_conv_bn import fold_batch_norms, normed_layers
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.quant.arithmetic import fake_quantize
 from fxcompress.quant.fake_quantize import FakeQuantize
@@ -56,7 +56,8 @@ class ConvertObserved(Pass):
         """Fold batch norms, correct the biases, then convert the observers one by one."""
         numbers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         edits = _correct_biases(graph_module)
-        if any(isinstance(observer, FakeQuantize) for observer in observers_of(graph_module).values()):
+        fake = any(isinstance(observer, FakeQuantize) for observer in observers_of(graph_module).values())
+        if fake or normed_layers(graph_module):
             edits += _fold_batch_norms(graph_module)
         for node in list(graph_module.graph.nodes):
             observer = ops.submodule(node)

@@ -57,7 +57,7 @@ class ObserverOptions(Pass):
         if self.activation in _PER_CHANNEL:
             raise OptionError(f"{name}: values have one scale each, so activation={self.activation!r} cannot be")
         for option, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
-            if isinstance(bits, bool) or bits not in BITS:
+            if not isinstance(bits, int) or bits not in BITS:
                 raise OptionError(f"{name}: {option} must be a whole number from {BITS[0]} to {BITS[-1]}, not {bits!r}")
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 

@@ -8,6 +8,7 @@ reason, to compare outputs for example, leaves its statistics alone.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -506,7 +507,8 @@ def make_observer(wanted: object, spec: QuantSpec) -> nn.Module:
 
     Args:
         wanted: a name of `OBSERVERS`; a subclass of `Observer`, called with `spec`; or a callable without arguments,
-            such as an observer class of torch.ao or what its `with_args` returns.
+            such as an observer class of torch.ao or what its `with_args` returns. Those of `OBSERVERS` that observe
+            whole tensors have one scale, whatever `spec` says.
         spec: the format, for observers that do not bring their own.
 
     Raises:
@@ -515,9 +517,10 @@ def make_observer(wanted: object, spec: QuantSpec) -> nn.Module:
     if isinstance(wanted, str):
         if wanted not in OBSERVERS:
             raise OptionError(f"there is no observer named {wanted!r}{did_you_mean(wanted, OBSERVERS)}")
-        return OBSERVERS[wanted](spec)
+        wanted = OBSERVERS[wanted]
     if isinstance(wanted, type) and issubclass(wanted, Observer):
-        return wanted(spec)
+        whole = wanted in OBSERVERS.values() and wanted not in (PerChannelMinMax, PerChannelError)
+        return wanted(replace(spec, channel_axis=None) if whole else spec)
     if not callable(wanted):
         raise OptionError(f"an observer must be a name, a class or a factory of observers, not {wanted!r}")
     made = wanted()
