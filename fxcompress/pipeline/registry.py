@@ -29,6 +29,9 @@ BUILT_IN: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "qat": "qat:QAT",
     "train": "train:Train",
+    "iterate": "iterate:Iterate",
+    "remember-weights": "rewind_weights:RememberWeights",
+    "rewind-weights": "rewind_weights:RewindWeights",
 }
 
 _REGISTERED: dict[str, type[Pass]] = {}
