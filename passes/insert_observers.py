@@ -192,8 +192,9 @@ class _Insertion:
         for group in self.plan.groups:
             self._observe(group)
         quantizers = [layer.quantizer for layer in self.layers.values() if isinstance(layer, NormedLayer)]
+        devices = [layer.get_parameter("weight").device for layer in self.layers.values()]
         for module in (*self.paths, *filter(None, quantizers)):
-            module.train(self.graph_module.training)
+            module.train(self.graph_module.training).to(devices[0])
         return len(self.paths) + len(quantizers)
 
     def _make_functional(self, anchor: Anchor) -> None:

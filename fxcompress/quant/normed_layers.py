@@ -49,7 +49,7 @@ class NormedLayer(nn.Module):
         made: Any = _twin(layer, _NORMED[type(layer)])
         made.norm, made.freeze_at = norm, 1.0
         made.register_module("quantizer", None)
-        made.register_buffer("frozen", torch.tensor(False))
+        made.register_buffer("frozen", torch.tensor(False, device=made.weight.device))
         return made  # type: ignore[no-any-return]
 
     def folded(self) -> nn.Module:
