@@ -191,7 +191,13 @@ def test_ratios_are_shares_of_the_whole_network() -> None:
 def test_only_the_last_budget_has_to_be_met() -> None:
     """Steps of eight channels cannot meet every point on the way."""
     item = P.PruneChannels(budget="macs:0.338", round_to=16)
-    result, _ = compiled(P.Iterate(item, steps=5, schedule="linear"))
+    result, kept = compiled(P.Iterate(item, steps=5, schedule="linear"))
+    masked = [graph for name, graph in kept if name == "mask-channels"]
+    looks = [fxc.PassManager([P.RemoveChannels()]).run(graph, X).graph_module for graph in masked]
+    full = cost(kept[0][1]).macs
+    wanted = [Way("linear", step / 5).left(full, 0.338 * full) for step in (1, 2, 3, 4)]
+    for graph, least in zip(looks, wanted, strict=False):
+        assert cost(graph).macs >= least  # nothing comes back on the way
     assert (result.conv1.out_channels, result.conv2.out_channels) == (16, 32)  # type: ignore[union-attr]
     with pytest.raises(BudgetError, match="within 3 %"):
         compiled(P.Iterate(P.PruneChannels(budget="macs:0.45", round_to=16), steps=5))

@@ -90,6 +90,11 @@ def converted(graph: fx.GraphModule, x: torch.Tensor = X) -> tuple[fx.GraphModul
     return pairs, fxc.PassManager([P.Lower("cpu")]).run(pairs, x).graph_module
 
 
+def run_with_gradients(graph: fx.GraphModule, x: torch.Tensor) -> bool:
+    """Whether there is something to train."""
+    return bool(graph(x).requires_grad)
+
+
 def noise(reference: nn.Module, result: nn.Module, x: torch.Tensor = X) -> float:
     return signal_to_noise(run(reference, ExampleInputs.of(x)), run(result, ExampleInputs.of(x)))
 
@@ -195,6 +200,45 @@ def test_what_training_saw_is_what_the_lowered_graph_computes(case: str, before:
     assert all(-(2 ** (bits - 1)) <= int(m.weight.min()) <= int(m.weight.max()) < 2 ** (bits - 1) for m in layers)
 
 
+@pytest.mark.parametrize("case", OPTIONS)
+def test_without_biases_evaluation_and_pairs_agree_bit_for_bit(case: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(4, 3, 3, bias=False))
+    graph = inserted(model, **({} if case == "float layers" else OPTIONS[case]))
+    train(graph)
+    pairs, lowered = converted(graph)
+    assert noise(graph, pairs) == math.inf
+    assert noise(graph, lowered) > 100
+
+
+class Peak(nn.Module):
+    """An observer as PyTorch users write them, with one scale."""
+
+    peak: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype, self.qscheme, self.quant_min, self.quant_max = torch.qint8, torch.per_tensor_symmetric, -127, 127
+        self.register_buffer("peak", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.peak.copy_(torch.maximum(self.peak, x.abs().max()))
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.peak / 127, torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("learn_steps", [True, False])
+def test_observers_from_elsewhere_can_be_trained_with(learn_steps: bool) -> None:
+    graph = inserted(Net(), activation=Peak, weight=Peak, learn_steps=learn_steps)
+    train(graph)
+    pairs, lowered = converted(graph)
+    assert noise(graph, lowered) > 35
+    assert noise(pairs, lowered) > 80
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(programs(max_steps=8), st.sampled_from([{}, {"learn_steps": False}, {"weight_bits": 4}]))
 def test_random_models_are_trained_as_they_are_deployed(model: Program, options: dict[str, Any]) -> None:
@@ -203,6 +247,7 @@ def test_random_models_are_trained_as_they_are_deployed(model: Program, options:
     value = run(model, ExampleInputs.of(x)).abs().max().item()
     assume(1e-3 < value < 1e3 and math.isfinite(value))
     graph = inserted(model, x, **options)
+    assume(run_with_gradients(graph, x))
     train(graph, 3, x)
     after = run(graph, ExampleInputs.of(x))
     assume(bool(after.isfinite().all()) and 1e-3 < after.abs().max().item() < 1e4)

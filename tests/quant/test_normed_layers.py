@@ -133,6 +133,19 @@ def test_channels_that_a_batch_norm_masks_give_its_shift() -> None:
         assert all(bool(p.grad.isfinite().all()) for p in joined.parameters() if p.grad is not None)
 
 
+def test_steps_follow_the_statistics() -> None:
+    layer, norm, x = pair("conv2d")
+    norm.eps, norm.momentum = 1e-30, 0.0
+    joined = NormedLayer.of(layer, norm)
+    quantizer = LearnedQuantize(PerChannelMinMax(WEIGHT), is_weight=True, channels=6)
+    joined.quantize_weight(quantizer, 0.5)
+    joined(x)
+    before = quantizer.scale.clone()
+    norm.running_var.mul_(256)
+    joined(x)
+    assert torch.equal(quantizer.scale, before / 16)
+
+
 def test_a_share_that_is_none_is_refused() -> None:
     layer, norm, _ = pair("linear")
     with pytest.raises(OptionError, match="freeze_norms"):
