@@ -82,6 +82,7 @@ class InsertObservers(ObserverOptions):
        on they round; what they have learned or observed by then stays late in training.
     8. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer that they will be
        (`quant.normed_layers`). `ConvertObserved` folds them. Batch norms that were folded before are no hindrance.
+       Those that a caller's model in training mode keeps in evaluation mode keep their statistics from the start.
     9. What kernels compute as well is found out here, behind the layers so joined.
     10. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
        that round already.
@@ -129,7 +130,7 @@ class InsertObservers(ObserverOptions):
         """Plan, then insert."""
         notes: list[Note] = []
         if self.qat:
-            notes += join_batch_norms(graph_module).notes("not joined")
+            notes += join_batch_norms(graph_module, context.model).notes("not joined")
             notes += FuseActivation().run(graph_module, context).notes
         reduced = not cpu_features().vnni if self.reduced_range is None else self.reduced_range
         choose = chooser(self.qconfig, self._default_choice(reduced))
@@ -188,7 +189,8 @@ class _Insertion:
             if not isinstance(layer, NormedLayer):
                 self._make_functional(anchor)
             elif layer.quantizer is None:
-                layer.quantize_weight(self._weight_quantizer(anchor.path), self.options.freeze_norms)
+                layer.quantizer = self._weight_quantizer(anchor.path)
+                layer.freeze_norm(min(layer.freeze_at, self.options.freeze_norms))
         for group in self.plan.groups:
             self._observe(group)
         quantizers = [layer.quantizer for layer in self.layers.values() if isinstance(layer, NormedLayer)]

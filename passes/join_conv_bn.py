@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import graph_info
@@ -13,15 +13,35 @@ from fxcompress.rewrite.match import Match, Refusal, Rule, refuse
 from fxcompress.rewrite.pattern import op
 
 
-def join_batch_norms(graph_module: fx.GraphModule) -> Applied:
+def join_batch_norms(graph_module: fx.GraphModule, model: nn.Module | None = None) -> Applied:
     """Turn every convolution or linear layer with a batch norm that `FoldBatchNorm` would fold into one `NormedLayer`.
 
     Parameters stay what they are, and masks stay with them: those of the layer at their paths, those of the batch norm
     below them at `norm`. Edits the graph in place.
+
+    Args:
+        graph_module: the graph.
+        model: the caller's model, where it is known. Batch norms that it keeps in evaluation mode, while it is in
+            training mode itself, are frozen.
     """
+    kept = _kept_norms(graph_module, model)
     pattern = op("batch_norm", bind="norm", input=op("conv", "linear", bind="layer", readers=1))
     done = {"norm": "batch norm trained as a part of {layer}", "layer": "trained with batch norm {norm}"}
-    return apply(graph_module, [Rule("join-batch-norm", pattern, _join, _check, done)])
+    applied = apply(graph_module, [Rule("join-batch-norm", pattern, _join, _check, done)])
+    for joined in normed_layers(graph_module).values():
+        if joined.norm in kept:
+            joined.freeze_norm(0.0)
+    return applied
+
+
+def _kept_norms(graph_module: fx.GraphModule, model: nn.Module | None) -> set[nn.Module]:
+    """The modules of a graph that the caller's model keeps in evaluation mode."""
+    if model is None or not model.training:
+        return set()
+    still = {path for path, child in model.named_modules() if not child.training}
+    prefix = graph_info(graph_module).layer
+    paths = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return {graph_module.get_submodule(path) for path in paths if f"{prefix}.{path}".strip(".") in still}
 
 
 def _check(match: Match) -> Refusal | None:

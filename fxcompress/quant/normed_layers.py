@@ -65,11 +65,12 @@ class NormedLayer(nn.Module):
         plain.bias = nn.Parameter(numbers.bias, requires_grad=trained)
         return plain  # type: ignore[no-any-return]
 
-    def quantize_weight(self, quantizer: FakeQuantize, freeze_at: float) -> None:
-        """Let the folded weight pass through a fake-quantiser, and the statistics stay from a share of training on."""
-        if not 0 <= freeze_at <= 1:
-            raise OptionError(f"freeze_norms is a share of training in [0, 1], not {freeze_at!r}")
-        self.quantizer, self.freeze_at = quantizer, float(freeze_at)
+    def freeze_norm(self, at: float) -> None:
+        """Let the statistics stay from a share of training on: 0 for always, 1 for never."""
+        if not 0 <= at <= 1:
+            raise OptionError(f"freeze_norms is a share of training in [0, 1], not {at!r}")
+        self.freeze_at = float(at)
+        self.frozen.fill_(at == 0)
 
     def follow_training(self, done: float) -> None:
         """Take notice of how far training has come: the share of its steps that is over, in [0, 1)."""

@@ -302,6 +302,21 @@ def test_late_in_training_statistics_and_grids_stay() -> None:
     assert changed(before)
 
 
+def test_batch_norms_that_the_caller_keeps_in_evaluation_mode_keep_their_statistics() -> None:
+    model = Net().train()
+    model.bn1.eval()
+    kept: list[fx.GraphModule] = []
+    fxc.compile(
+        model, [P.InsertObservers(qat=True), P.Train([(X, LABELS)], epochs=2)], X,
+        dump=lambda name, graph: kept.append(copy.deepcopy(graph)),
+    )  # fmt: skip
+    trained = kept[-1].state_dict()
+    start = model.state_dict()
+    assert torch.equal(trained["conv1.norm.running_mean"], start["bn1.running_mean"])
+    assert not torch.equal(trained["conv1.norm.weight"], start["bn1.weight"])
+    assert not torch.equal(trained["conv2.norm.running_mean"], start["bn2.running_mean"])
+
+
 def test_an_interrupted_training_goes_on_exactly() -> None:
     uninterrupted, resumed = inserted(Net()), inserted(Net())
     train(uninterrupted, 4, total=10)

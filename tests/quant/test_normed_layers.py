@@ -83,7 +83,7 @@ def krishnamoorthi(layer: Any, norm: Any, x: torch.Tensor) -> torch.Tensor:
 def test_in_training_weights_are_rounded_folded_and_results_corrected_to_the_batch(kind: type[FakeQuantize]) -> None:
     layer, norm, x = pair("conv2d")
     joined = NormedLayer.of(copy.deepcopy(layer), copy.deepcopy(norm))
-    joined.quantize_weight(kind(PerChannelMinMax(WEIGHT), is_weight=True, channels=6), 0.5)
+    joined.quantizer = kind(PerChannelMinMax(WEIGHT), is_weight=True, channels=6)
     found = joined(x)
     assert torch.allclose(found, krishnamoorthi(layer, norm, x), atol=1e-4)
     assert not torch.allclose(found, norm(layer(x)), atol=1e-4)
@@ -97,7 +97,8 @@ def test_frozen_late_it_is_what_evaluation_and_the_folded_layer_compute(bits: in
     spec = weight_spec(bits)
     joined = NormedLayer.of(layer, norm)
     quantizer = LearnedQuantize(PerChannelMinMax(spec), is_weight=True, channels=6, freeze_at=0.7)
-    joined.quantize_weight(quantizer, 0.5)
+    joined.quantizer = quantizer
+    joined.freeze_norm(0.5)
     for _ in range(3):
         before = joined(x)
     statistics = norm.running_mean.clone()
@@ -124,7 +125,8 @@ def test_channels_that_a_batch_norm_masks_give_its_shift() -> None:
     with torch.no_grad():
         norm.weight[2] = 0.0
     joined = NormedLayer.of(layer, norm)
-    joined.quantize_weight(LearnedQuantize(PerChannelMinMax(WEIGHT), is_weight=True, channels=6), 0.5)
+    joined.quantizer = LearnedQuantize(PerChannelMinMax(WEIGHT), is_weight=True, channels=6)
+    joined.freeze_norm(0.5)
     for done in (0.0, 0.9):
         joined.follow_training(done)
         result = joined(x)
@@ -138,7 +140,7 @@ def test_steps_follow_the_statistics() -> None:
     norm.eps, norm.momentum = 1e-30, 0.0
     joined = NormedLayer.of(layer, norm)
     quantizer = LearnedQuantize(PerChannelMinMax(WEIGHT), is_weight=True, channels=6)
-    joined.quantize_weight(quantizer, 0.5)
+    joined.quantizer = quantizer
     joined(x)
     before = quantizer.scale.clone()
     norm.running_var.mul_(256)
@@ -149,4 +151,4 @@ def test_steps_follow_the_statistics() -> None:
 def test_a_share_that_is_none_is_refused() -> None:
     layer, norm, _ = pair("linear")
     with pytest.raises(OptionError, match="freeze_norms"):
-        NormedLayer.of(layer, norm).quantize_weight(FakeQuantize(PerChannelMinMax(WEIGHT)), 2.0)
+        NormedLayer.of(layer, norm).freeze_norm(2.0)
