@@ -110,8 +110,8 @@ class InsertObservers(ObserverOptions):
 
     qat: bool = False
     learn_steps: bool = True
-    freeze_norms: float = 0.6
-    freeze_observers: float = 0.8
+    freeze_norms: float = 0.8
+    freeze_observers: float = 0.9
     correct_bias: bool = True
 
     name: ClassVar[str] = "insert-observers"
