@@ -190,8 +190,9 @@ class LearnedQuantize(FakeQuantize):
 
     def __init__(self, observer: Observer | ExternalObserver, **options: Any) -> None:
         super().__init__(observer, **options)
-        self.step = nn.Parameter(torch.ones_like(self.scale))
-        self.register_parameter("offset", None if self.spec.symmetric else nn.Parameter(torch.ones_like(self.scale)))
+        shape = self.scale.shape or (1,)  # FSDP takes no parameters without dimensions
+        self.step = nn.Parameter(torch.ones(shape))
+        self.register_parameter("offset", None if self.spec.symmetric else nn.Parameter(torch.ones(shape)))
         self.register_buffer("initial_step", torch.ones_like(self.scale))
         self.register_buffer("initial_offset", torch.zeros_like(self.scale))
 
@@ -247,7 +248,7 @@ class LearnedQuantize(FakeQuantize):
 
 def _learned(start: torch.Tensor, relative: torch.Tensor, share: float) -> torch.Tensor:
     """Return start * relative, whose gradient is scaled such that descent moves it by `share` of its own gradient."""
-    found = start * relative
+    found = start * relative.reshape(start.shape)
     if found.requires_grad:
         factor = torch.where(start == 0, 0.0, share / start.square())
         found.register_hook(lambda gradient: gradient * factor)
