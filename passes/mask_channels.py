@@ -26,6 +26,7 @@ from fxcompress.analysis.importance import (
 )
 from fxcompress.analysis.layers import InPython, LayerRatio, matching_layers, ratios_of_layers, read_layers, read_ratios
 from fxcompress.analysis.plans import HEADS, ChannelPlan, choose, choose_all, shares_of_layers
+from fxcompress.analysis.schedule import Way
 from fxcompress.analysis.trial import refusals, to_zero
 from fxcompress.errors import BudgetError, InputError, OptionError
 from fxcompress.graph import edit
@@ -131,6 +132,15 @@ class MaskChannels(ChannelOptions):
     """
 
     name: ClassVar[str] = "mask-channels"
+
+    def on_the_way(self, way: Way) -> MaskChannels:
+        """Return the pass that masks smaller shares, or meets a point on the way to the budget."""
+        return dataclasses.replace(
+            self,
+            ratio=None if self.ratio is None else way.gone(self.ratio),
+            budget=None if self.budget is None else dataclasses.replace(read_budget(self.budget), way=way),
+            ratios=tuple(LayerRatio(item.pattern, way.gone(item.ratio)) for item in self.ratios),
+        )
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Plan and zero, until there is nothing more to zero.

@@ -12,6 +12,7 @@ from torch import fx
 from fxcompress.analysis.channels import Axis, ChannelAnalysis
 from fxcompress.analysis.cost import macs as node_macs
 from fxcompress.analysis.grouping import Booleans
+from fxcompress.analysis.schedule import SCHEDULES, Way
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info
@@ -26,10 +27,13 @@ class Budget:
 
     quantity: "parameters", "macs" (per sample) or "bytes" (of parameters and buffers). Pipeline text writes it as
     `budget=parameters:0.5` or `budget=macs:2000000`.
+    way: a point on the way from today's quantity to the limit, for pruning in steps; it is met as nearly as possible
+    without going further, and text has it behind the limit: `budget=macs:0.25:cubic:0.4`.
     """
 
     quantity: str
     limit: float | int
+    way: Way | None = None
 
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
@@ -44,23 +48,43 @@ class Budget:
             )
 
     def __str__(self) -> str:
-        return f"{self.quantity}:{self.limit}"
+        return f"{self.quantity}:{self.limit}" + _print_way(self.way)
 
     @classmethod
     def of(cls, given: object) -> Budget:
         """Read a budget: a `Budget`, or text such as "macs:0.5"."""
         if isinstance(given, Budget):
             return given
-        quantity, _, limit = str(given).partition(":")
+        text, way = _split_way(str(given))
+        quantity, _, limit = text.partition(":")
         try:
             number = int(limit) if limit.strip().isdigit() else float(limit)
         except ValueError:
             raise OptionError(f"a budget is written as 'macs:0.5' or 'parameters:1000000', not {given!r}") from None
-        return cls(quantity.strip().lower(), number)
+        return cls(quantity.strip().lower(), number, way)
 
     def target(self, full: float) -> float:
         """Return the limit as a number, given the quantity of the whole network."""
-        return self.limit * full if isinstance(self.limit, float) else float(self.limit)
+        limit = self.limit * full if isinstance(self.limit, float) else float(self.limit)
+        return limit if self.way is None else self.way.left(full, min(limit, full))
+
+
+_WAY = re.compile(rf":(?P<schedule>{'|'.join(SCHEDULES)}):(?P<share>[0-9.eE+-]+)$")
+
+
+def _split_way(text: str) -> tuple[str, Way | None]:
+    """Cut "cubic:0.4" from the end of a budget's text, if it is there."""
+    found = _WAY.search(text)
+    if found is None:
+        return text, None
+    try:
+        return text[: found.start()], Way(found["schedule"], float(found["share"]))
+    except ValueError:
+        raise OptionError(f"a share of the way is a number between 0 and 1, as in 'cubic:0.4', not {text!r}") from None
+
+
+def _print_way(way: Way | None) -> str:
+    return "" if way is None else f":{way}"
 
 
 def Parameters(limit: float | int) -> Budget:
@@ -86,12 +110,14 @@ class Latency:
     """A limit on the latency measured on this machine, of the float graph in evaluation mode.
 
     fraction: of today's latency, above 0 and at most 1; or ms: milliseconds. One of the two. batch: the batch size at
-    which it is measured. Pipeline text writes it as `budget=latency:0.5` or `budget=latency:5ms:batch16`.
+    which it is measured. Pipeline text writes it as `budget=latency:0.5` or `budget=latency:5ms:batch16`. way: as for
+    a `Budget`.
     """
 
     fraction: float | None = None
     ms: float | None = None
     batch: int = 1
+    way: Way | None = None
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.ms is None):
@@ -105,12 +131,13 @@ class Latency:
 
     def __str__(self) -> str:
         limit = f"{self.fraction}" if self.ms is None else f"{self.ms}ms"
-        return f"latency:{limit}" + (f":batch{self.batch}" if self.batch != 1 else "")
+        return f"latency:{limit}" + (f":batch{self.batch}" if self.batch != 1 else "") + _print_way(self.way)
 
     @classmethod
     def of(cls, text: str) -> Latency:
         """Read text such as "latency:0.5", "latency:5ms" or "latency:5ms:batch16"."""
-        found = _LATENCY.fullmatch(text.replace(" ", "").lower())
+        text, way = _split_way(text.replace(" ", "").lower())
+        found = _LATENCY.fullmatch(text)
         try:
             number = float(found["number"]) if found else math.nan
         except ValueError:
@@ -118,11 +145,12 @@ class Latency:
         if found is None:
             raise OptionError(f"a latency budget is written as 'latency:0.5' or 'latency:5ms:batch16', not {text!r}")
         batch = int(found["batch"] or 1)
-        return cls(ms=number, batch=batch) if found["unit"] else cls(number, batch=batch)
+        return cls(ms=number, batch=batch, way=way) if found["unit"] else cls(number, batch=batch, way=way)
 
     def target(self, dense_ms: float) -> float:
         """Return the limit in milliseconds, given the latency of the whole network."""
-        return self.ms if self.ms is not None else float(self.fraction or 1.0) * dense_ms
+        limit = self.ms if self.ms is not None else float(self.fraction or 1.0) * dense_ms
+        return limit if self.way is None else self.way.left(dense_ms, min(limit, dense_ms))
 
 
 def read_budget(given: object) -> Budget | Latency:

@@ -136,7 +136,7 @@ class Search:
             if abs(self._excess(pair)) <= _NEAR_ENOUGH and pair.ratio < 1:
                 break
             low, high = (middle, high) if self._excess(pair) > 0 else (low, middle)
-        if self._excess(best_pair) > TOLERANCE:
+        if self._excess(best_pair) > TOLERANCE and self.budget.way is None:
             raise BudgetError(self._message(fastest))
         return self._outcome(best, best_pair, ratio)
 

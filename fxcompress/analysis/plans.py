@@ -317,10 +317,11 @@ def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
         middle = (low + high) / 2
         dead = chooser.choose(middle)
         found = cost(budget.quantity, dead)
-        if abs(found - target) < abs(best_cost - target):
+        near = abs(found - target) < abs(best_cost - target)
+        if near and (found >= target or budget.way is None):  # nothing comes back on the way
             best, best_cost = dead, found
         low, high = (middle, high) if found > target else (low, middle)
-    if abs(best_cost - target) > 0.03 * target:
+    if abs(best_cost - target) > 0.03 * target and budget.way is None:
         least = cost(budget.quantity, chooser.choose(1.0 - 1e-9))
         raise BudgetError(
             f"a budget of {target:,.0f} {budget.quantity} cannot be met within 3 %: the nearest choice of channels has "

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from fxcompress.graph import modules as own
 from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.quant.normed_layers import PLAIN
 
 Function = Callable[..., Any]
 
@@ -404,7 +405,8 @@ def kind(node: fx.Node) -> str:
     Placeholders, outputs and attributes are "placeholder", "output" and "get_attr".
     """
     if node.op == "call_module":
-        return MODULE_KINDS.get(type(submodule(node)), "opaque")  # type: ignore[arg-type]
+        module: Any = type(submodule(node))
+        return MODULE_KINDS.get(PLAIN.get(module, module), "opaque")
     if node.op == "call_function":
         entry = BY_FUNCTION.get(node.target)  # type: ignore[arg-type]
         return entry.kind if entry else "opaque"

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,9 @@ from torch import fx, nn
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage
+
+if TYPE_CHECKING:
+    from fxcompress.analysis.schedule import Way
 
 
 class Contract(enum.Enum):
@@ -140,6 +143,13 @@ class Pass:
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes that this one stands for: itself, unless it is a group of passes."""
         return (self,)
+
+    def on_the_way(self, way: Way) -> Pass | None:
+        """Return the pass that goes a part of the way that this one goes, for pruning in steps (`Iterate`).
+
+        None, unless a subclass says otherwise: a pass that has no amount, and runs once.
+        """
+        return None
 
     def __str__(self) -> str:
         from fxcompress.pipeline.text import print_pass

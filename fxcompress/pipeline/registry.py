@@ -27,7 +27,11 @@ BUILT_IN: dict[str, str] = {
     "convert-observed": "convert_observed:ConvertObserved",
     "lower": "lower:Lower",
     "quantize": "quantize:Quantize",
+    "qat": "qat:QAT",
     "train": "train:Train",
+    "iterate": "iterate:Iterate",
+    "remember-weights": "rewind_weights:RememberWeights",
+    "rewind-weights": "rewind_weights:RewindWeights",
 }
 
 _REGISTERED: dict[str, type[Pass]] = {}
