@@ -20,7 +20,7 @@ from fxcompress.errors import CaptureError, InputError
 from fxcompress.graph import batch, compare, opaque, ops, regions
 from fxcompress.graph import modules as own
 from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
-from fxcompress.graph.examples import ExampleValues
+from fxcompress.graph.examples import DataDependentError, ExampleValues
 from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
@@ -30,6 +30,7 @@ from fxcompress.graph.tracer import (
     Kept,
     StateWrittenError,
     Tracer,
+    UnregisteredModuleError,
     drop_questions,
     require_state_kept,
 )
@@ -379,8 +380,12 @@ def _require_forward(model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
-    return CaptureError(
-        f"{type(model).__name__} cannot be traced: {reason_of(error)}. "
-        f"Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
-        f"or move it into a submodule or a function of its own."
-    )
+    advice = "Move it into a submodule or a function of its own, which can stay as it is."
+    if isinstance(error, UnregisteredModuleError):
+        advice = "Make it in __init__, and as a submodule, so that its weights are the model's."
+    elif isinstance(error, DataDependentError):
+        advice = (
+            "Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
+            "or move it into a submodule or a function of its own."
+        )
+    return CaptureError(f"{type(model).__name__} cannot be traced: {reason_of(error)}. {advice}")

@@ -44,6 +44,17 @@ class StateWrittenError(DataDependentError):
         self.path = path
 
 
+class UnregisteredModuleError(Exception):
+    """The model calls a module with parameters that is none of its submodules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        super().__init__(
+            f"calls {type(module).__name__} with {count:,} parameters, which is no submodule of the model: it is made "
+            f"in the forward, or kept in a plain list or dict instead of nn.ModuleList or nn.ModuleDict"
+        )
+
+
 @dataclass
 class Kept:
     """What is not traced into, with the reasons: modules by path, and functions by where their names stand.
@@ -102,6 +113,18 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is kept as one node."""
         return self._is_leaf(m) or module_qualified_name in self.kept.modules
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a layer, or trace into a module; into one that the forward has just made, too.
+
+        Raises:
+            UnregisteredModuleError: the module is none of the model's, but has parameters.
+        """
+        if m in self.submodule_paths:  # type: ignore[operator]
+            return super().call_module(m, forward, args, kwargs)
+        if any(True for _ in m.parameters()):
+            raise UnregisteredModuleError(m)
+        return forward(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that asks the example inputs."""
