@@ -16,7 +16,7 @@ from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
 from fxcompress.analysis.products import reduces_one_dimension, scaled
-from fxcompress.analysis.transfer import normalised_index, with_numbers
+from fxcompress.analysis.transfer import with_numbers
 from fxcompress.errors import FxCompressError, UnsupportedError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
@@ -356,7 +356,7 @@ def _getitem(node: fx.Node, plan: ChannelPlan) -> None:
     value = info(source).value if isinstance(source, fx.Node) else None
     if not isinstance(value, TensorInfo) or not isinstance(source, fx.Node):
         return
-    items = normalised_index(index, len(value.shape))
+    items = ops.normalised_index(index, len(value.shape))
     if items is None:
         return
     position, changed = 0, False

@@ -24,6 +24,8 @@ from fxcompress.analysis.grouping import Booleans, Grouping, Integers, solve
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.graph.views import writes_in_place
+from fxcompress.rewrite.effects import written
 
 Floats = npt.NDArray[np.float64]
 
@@ -246,18 +248,28 @@ def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Itera
         constants: whether to follow constants too (needed for removal, not for choosing).
         ignore: dotted paths of layers whose channels stay.
     """
-    from fxcompress.analysis.products import note_sizes, rule_for
+    from fxcompress.analysis.products import fixed, note_sizes, rule_for
 
     walk = Walk(graph_module, constants, callers=edit.callers(graph_module.graph))
     _forget_shared_modules(walk)
+    rewritten = _written_in_place(graph_module)
     for node in graph_module.graph.nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
                 walk.freeze_all(walk.axes.get(source), "output of the model")
-        else:
-            walk.axes[node] = rule_for(node)(walk, node)
-            note_sizes(walk, node)
+            continue
+        walk.axes[node] = rule_for(node)(walk, node)
+        note_sizes(walk, node)
+        if node in rewritten:  # what it holds is not what it was made with
+            walk.freeze_all(walk.axes[node], "written to in place")
+            walk.axes[node] = fixed(info(node).value)
     return _solve(walk, set(ignore))
+
+
+def _written_in_place(graph_module: fx.GraphModule) -> frozenset[fx.Node]:
+    """What may share memory with a tensor that a node which is not canonical writes to."""
+    nodes = graph_module.graph.nodes
+    return written(graph_module.graph) if any(writes_in_place(node, graph_module) for node in nodes) else frozenset()
 
 
 def _forget_shared_modules(walk: Walk) -> None:

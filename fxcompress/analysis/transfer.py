@@ -391,6 +391,9 @@ def _local_response_norm(walk: Walk, node: fx.Node) -> Axes:
 _HIDES_NAN = {"isnan", "logical_not", "nan_to_num", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
               "maximum", "minimum", "zeros_like", "ones_like"}  # fmt: skip
 
+#: Functions that make a tensor like another one, full of one number.
+_FILLED = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": np.nan}
+
 
 def _elementwise(walk: Walk, node: fx.Node) -> Any:
     """Every tensor is broadcast to the result's shape; where two have an axis, equal indices are tied."""
@@ -431,6 +434,9 @@ def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> F
     """Constants of an elementwise result along one dimension, by calling the function on those of its inputs."""
     unknown = np.full(size, np.nan)
     kind = ops.kind(node)
+    if kind in _FILLED and node.op == "call_function":
+        value = _FILLED[kind] if len(node.args) < 2 else node.args[1]
+        return np.full(size, float(value)) if isinstance(value, (int, float)) else unknown
     hides = kind in _HIDES_NAN or (kind == "pow" and not _is_power(node))
     if not walk.follow_constants or hides or (node.op == "call_module" and kind != "dropout"):
         return unknown
@@ -597,7 +603,7 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
             return found[index] if isinstance(found, (tuple, dict)) and found else fixed(info(node).value)
         walk.freeze_all(found, f"selected by an index that is not fixed ({node.name})")
         return fixed(info(node).value)
-    items = normalised_index(index, len(value.shape))
+    items = ops.normalised_index(index, len(value.shape))
     given = walk.of(source)
     if items is None:
         return _gather(walk, node, given, index)
@@ -633,22 +639,6 @@ def _gather(walk: Walk, node: fx.Node, given: Axes, index: Any) -> Any:
     walk.freeze(given[place], f"indexed by a tensor ({node.name})")
     others = [axis and axis.varying() for axis in given]
     return (*others[:place], *[None] * len(chosen.shape), *others[place + 1 :])
-
-
-def normalised_index(index: Any, rank: int) -> list[Any] | None:
-    """Return an index as one item per dimension (slice or int) and None for a new one; None if it holds tensors."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(isinstance(item, fx.Node) and isinstance(info(item).value, TensorInfo) for item in items):
-        return None
-    if not all(item is None or item is Ellipsis or isinstance(item, (slice, int, fx.Node)) for item in items):
-        return None
-    if any(isinstance(item, bool) for item in items):
-        return None
-    consumed = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis in [item for item in items if not isinstance(item, (slice, fx.Node))]:
-        place = next(i for i, item in enumerate(items) if item is Ellipsis)
-        return [*items[:place], *[slice(None)] * (rank - consumed), *items[place + 1 :]]
-    return [*items, *[slice(None)] * (rank - consumed)]
 
 
 def _slice(walk: Walk, axis: Axis | None, item: slice, node: fx.Node) -> Axis | None:

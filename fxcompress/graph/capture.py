@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
-from fxcompress.graph import batch, compare, opaque, ops, regions
+from fxcompress.graph import batch, compare, opaque, ops, regions, views
 from fxcompress.graph import modules as own
 from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
 from fxcompress.graph.examples import DataDependentError, ExampleValues
@@ -26,6 +26,7 @@ from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
 from fxcompress.graph.specialise import notes as specialisation_notes
 from fxcompress.graph.tracer import (
+    AliasError,
     ConstantWrittenError,
     Kept,
     StateWrittenError,
@@ -183,7 +184,7 @@ def _trace_around(
                 continue
             if not kept.modules and not kept.functions:
                 _require_forward(model, inputs)
-            if isinstance(error, StateWrittenError) and error.path not in ("", *kept.modules):
+            if isinstance(error, (AliasError, StateWrittenError)) and error.path not in ("", *kept.modules):
                 kept.modules[error.path] = str(error)
                 continue
             if not keep_culprit(error, model, kept):
@@ -195,6 +196,9 @@ def _run(tracer: Tracer, model: nn.Module, concrete: dict[str, Any]) -> fx.Graph
         warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
         graph = tracer.run(concrete)
         require_state_kept(model)
+        odd = views.unfollowed(graph, tracer.values)
+        if odd is not None:
+            raise AliasError(_layer_of(odd[0]), odd[1])
         return graph
 
 
@@ -383,6 +387,8 @@ def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
     advice = "Move it into a submodule or a function of its own, which can stay as it is."
     if isinstance(error, UnregisteredModuleError):
         advice = "Make it in __init__, and as a submodule, so that its weights are the model's."
+    elif isinstance(error, AliasError):
+        return CaptureError(f"{type(model).__name__} cannot be traced: {error}. Write it without the in-place operation")
     elif isinstance(error, DataDependentError):
         advice = (
             "Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "

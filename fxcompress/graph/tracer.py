@@ -44,6 +44,14 @@ class StateWrittenError(DataDependentError):
         self.path = path
 
 
+class AliasError(DataDependentError):
+    """The model writes into a view in a way that a graph cannot follow; `path` is the module that does so."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(why)
+        self.path = path
+
+
 class UnregisteredModuleError(Exception):
     """The model calls a module with parameters that is none of its submodules."""
 
@@ -354,4 +362,4 @@ def _is_question(node: fx.Node) -> bool:
     names = ("_operator", "operator", "math", "builtins")
     return node.op == "call_function" and (
         node.target is getattr or getattr(node.target, "__module__", "") in names
-    ) and node.target not in ops.INPLACE_OPERATORS  # fmt: skip
+    ) and not _writes_in_place(node.target)  # fmt: skip
