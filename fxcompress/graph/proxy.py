@@ -110,6 +110,8 @@ class Proxy(fx.Proxy):
             value = self.tracer.fake(self)
             if value is not None and not hasattr(value, name):
                 raise AttributeError(f"{type(value).__name__} has no attribute {name!r}")
+        if name in ("type", "index") and isinstance(self.tracer.fake(self), torch.device):
+            return self.tracer.decide(_Attribute(self, name), lambda value: value)  # C code wants a string
         return _Attribute(self, name)
 
     def __rmul__(self, other: Any) -> Any:

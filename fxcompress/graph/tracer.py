@@ -41,7 +41,15 @@ class StateWrittenError(DataDependentError):
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(f"its forward replaces the buffer {name!r}")
-        self.path = path
+        self.path, self.name = path, name
+
+
+class TablesComputed(Exception):
+    """The model replaces buffers by tables that depend on sizes only: they can be computed before it is traced."""
+
+    def __init__(self, tables: dict[str, torch.Tensor]) -> None:
+        super().__init__(f"its forward computes {', '.join(tables)}")
+        self.tables = tables
 
 
 class AliasError(DataDependentError):
@@ -68,11 +76,14 @@ class Kept:
     """What is not traced into, with the reasons: modules by path, and functions by where their names stand.
 
     factories: whether tensors that the code makes become nodes; else they are constants of the graph.
+    tables: buffers that the forward computes from sizes, and that were given their value for the example; what they
+        held before.
     """
 
     modules: dict[str, str] = field(default_factory=dict)
     functions: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], str]] = field(default_factory=dict)
     factories: bool = False
+    tables: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def reason(self, target: object) -> str | None:
         """Return why a function is kept, or None if it is not."""
@@ -332,12 +343,15 @@ def _writes_in_place(target: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or (f"{name}_".startswith("__i") and name.endswith("__"))
 
 
-def require_state_kept(root: nn.Module) -> None:
-    """Raise `StateWrittenError` if a forward has put a new value in the place of a buffer. (In place it may.)"""
+def replaced_buffers(root: nn.Module) -> dict[str, fx.Node]:
+    """Return the buffers that a traced forward has put new values in the place of, by path. (In place it may.)"""
+    found = {}
     for path, module in root.named_modules():
         for name, value in module._buffers.items():
-            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, f"{path}.{name}" if path else name):
-                raise StateWrittenError(path, name)
+            full = f"{path}.{name}" if path else name
+            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, full):
+                found[full] = value.node
+    return found
 
 
 def _is_same_memory(node: fx.Node, path: str) -> bool:

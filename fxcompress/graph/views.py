@@ -37,7 +37,8 @@ _UNDONE = _SAME | _SAME_ELEMENTS | _PIECES | {"getitem", "permute", "transpose",
 def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node writes into its first argument, by a method, function or module that works in place."""
     if node.op == "call_module":
-        return getattr(edit.attribute(root, str(node.target)), "inplace", False) is True
+        module = ops.submodule(node) or edit.attribute(root, str(node.target))
+        return getattr(module, "inplace", False) is True
     if node.op not in ("call_function", "call_method"):
         return False
     target: Any = node.target
