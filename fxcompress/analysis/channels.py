@@ -23,11 +23,14 @@ from torch import fx, nn
 from fxcompress.analysis.grouping import Booleans, Grouping, Integers, solve
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.graph.metadata import TensorInfo, graph_info, info
 from fxcompress.graph.views import writes_in_place
 from fxcompress.rewrite.effects import written
 
 Floats = npt.NDArray[np.float64]
+
+#: How many nodes are looked at for the reason why a dimension is fixed.
+_SEARCHED = 50
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Walk:
     divisors: set[int] = field(default_factory=set)
     atom_count: int = 0
     callers: dict[str, list[fx.Node]] = field(default_factory=dict)
+    current: fx.Node | None = None
+    causes: dict[fx.Node, str] = field(default_factory=dict)
 
     def fresh(self, size: int, constant: Floats | None = None) -> Axis:
         """Return an axis of `size` new atoms."""
@@ -120,6 +125,8 @@ class Walk:
         """Keep every index of an axis, for the reason given."""
         if axis is not None:
             self.frozen.append((axis.atoms.ravel(), why))
+            if self.current is not None:
+                self.causes.setdefault(self.current, why)
 
     def freeze_all(self, axes: Any, why: str) -> None:
         """Keep every index of every axis in a nest of axes."""
@@ -142,8 +149,8 @@ class Walk:
     def tie(self, left: Axis | None, right: Axis | None, why: str) -> Axis | None:
         """Let equal indices of two axes live and die together; `why` is said where that is not possible."""
         if left is None or right is None:
-            self.freeze(left, why)
-            self.freeze(right, why)
+            if left is not right:
+                self._freeze_beside_fixed(left or right, why)
             return None
         if left.atoms.shape != right.atoms.shape:
             self.freeze(left, why)
@@ -151,6 +158,26 @@ class Walk:
             return left.varying()
         self.link(left.atoms, right.atoms)
         return left
+
+    def _freeze_beside_fixed(self, axis: Axis | None, why: str) -> None:
+        """Freeze an axis that is tied to a dimension of fixed size, and say what has fixed that, where it is known."""
+        cause = self._cause()
+        self.freeze(axis, f"{why} ({cause})" if cause is not None else why)
+        if cause is not None and self.current is not None:
+            self.causes[self.current] = cause
+
+    def _cause(self) -> str | None:
+        """The nearest reason for a dimension being fixed before the current node."""
+        front = list(self.current.all_input_nodes) if self.current is not None else []
+        seen = set(front)
+        while front and len(seen) < _SEARCHED:
+            node = front.pop(0)
+            if node in self.causes:
+                return self.causes[node]
+            new = [source for source in node.all_input_nodes if source not in seen]
+            seen.update(new)
+            front += new
+        return None
 
     def parameter(
         self, tensor: torch.Tensor | None, dimension: int, axis: Axis | None, why: str, producer: bool = False
@@ -256,14 +283,21 @@ def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Itera
     for node in graph_module.graph.nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
-                walk.freeze_all(walk.axes.get(source), "output of the model")
+                walk.freeze_all(walk.axes.get(source), read_outside(graph_module))
             continue
+        walk.current = node
         walk.axes[node] = rule_for(node)(walk, node)
         note_sizes(walk, node)
         if node in rewritten:  # what it holds is not what it was made with
             walk.freeze_all(walk.axes[node], "written to in place")
             walk.axes[node] = fixed(info(node).value)
     return _solve(walk, set(ignore))
+
+
+def read_outside(graph_module: fx.GraphModule) -> str:
+    """Why the outputs of a graph keep their channels."""
+    region = graph_info(graph_module).layer
+    return f"output of {region}, read by code that stays Python" if region else "output of the model"
 
 
 def _written_in_place(graph_module: fx.GraphModule) -> frozenset[fx.Node]:

@@ -54,15 +54,15 @@ class ChannelPlan:
             if kept < len(alive):
                 lines.append(Note(layer, f"{verb} {len(alive)} -> {kept}"))
             else:
-                lines.append(Note(layer, f"not {verb}: {self._why(parameter.axis)}"))
+                lines.append(Note(layer, f"not {verb}: {self.why(parameter.axis)}"))
         return lines
 
     def why_kept(self, group: int) -> str | None:
         """Return why a group stays, if there is more to say than that it was not chosen."""
-        return self.reasons.get(group) or self.analysis.frozen.get(group)
+        return self.analysis.frozen.get(group) or self.reasons.get(group)
 
-    def _why(self, axis: Axis) -> str:
-        """The most frequent reason among the groups of an axis."""
+    def why(self, axis: Axis) -> str:
+        """Return why the indices of an axis stay: the most frequent reason among its groups."""
         found = Counter(
             self.why_kept(group) or "no channel was chosen" for group in np.unique(self.analysis.groups(axis)).tolist()
         )

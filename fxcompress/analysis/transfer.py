@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers, read_outside
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.regroup import regroup
 from fxcompress.graph import ops
@@ -494,7 +494,7 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
     """Sizes carry no channels; containers hand on what is in them."""
     if ops.kind(node) == "ordered_dict":
         for source in node.all_input_nodes:
-            walk.freeze_all(walk.axes.get(source), "output of the model")
+            walk.freeze_all(walk.axes.get(source), read_outside(walk.graph_module))
     return fixed(info(node).value)
 
 
