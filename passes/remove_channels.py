@@ -74,9 +74,7 @@ def _shapes(graph_module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _ledger(
-    graph_module: fx.GraphModule, plan: ChannelPlan, before: dict[str, tuple[int, ...]]
-) -> Iterator[Note]:
+def _ledger(graph_module: fx.GraphModule, plan: ChannelPlan, before: dict[str, tuple[int, ...]]) -> Iterator[Note]:
     """What happened to every layer with parameters, and to every parameter that is read without a layer, and why."""
     layers = {str(node.target): node for node in graph_module.graph.nodes if node.op == "call_module"}
     after = _shapes(graph_module)

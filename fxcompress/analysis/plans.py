@@ -86,6 +86,7 @@ def choose(
     shares: Floats | None = None,
     relative: bool = True,
     kept: Mapping[int, str] | None = None,
+    cost: CostOfChoice | None = None,
 ) -> ChannelPlan:
     """Choose the groups to mask.
 
@@ -101,6 +102,7 @@ def choose(
             with the global scope and a ratio or budget it is the most that the family loses.
         relative: whether scores are divided by the mean of their family before families are ranked together.
         kept: groups that stay, with the reason.
+        cost: of the whole network, where the graph is not all of it.
 
     Raises:
         BudgetError: the budget cannot be met within 3 %.
@@ -111,7 +113,7 @@ def choose(
     if budget is None:
         dead = chooser.choose(ratio or 0.0)
     else:
-        dead = _meet(budget, chooser, CostOfChoice(graph_module, analysis))
+        dead = _meet(budget, chooser, cost or CostOfChoice(graph_module, analysis))
     return ChannelPlan(analysis, dead, dict(chooser.reasons))
 
 

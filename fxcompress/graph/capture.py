@@ -428,7 +428,9 @@ def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
     if isinstance(error, UnregisteredModuleError):
         advice = "Make it in __init__, and as a submodule, so that its weights are the model's."
     elif isinstance(error, AliasError):
-        return CaptureError(f"{type(model).__name__} cannot be traced: {error}. Write it without the in-place operation")
+        return CaptureError(
+            f"{type(model).__name__} cannot be traced: {error}. Write it without the in-place operation"
+        )
     elif isinstance(error, DataDependentError):
         advice = (
             "Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "

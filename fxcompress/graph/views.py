@@ -1,8 +1,8 @@
 """Views: tensors that share the memory of others, what is written into them in place, and how to write it without.
 
 A value written into a view is written into the tensor that the view was taken from, and into every other view of it.
-Where all views between them can be undone (`unfollowed` says where they cannot), the same is said without aliasing: the tensor is put together
-anew around the value, and every other view is taken again from there.
+Where all views between them can be undone (`unfollowed` says where they cannot), the same is said without aliasing: the
+tensor is put together anew around the value, and every other view is taken again from there.
 """
 
 from __future__ import annotations

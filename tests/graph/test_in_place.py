@@ -91,7 +91,7 @@ def a_copy_is_no_view(x: torch.Tensor) -> torch.Tensor:
     return copied
 
 
-BODIES = (overlapping_slices, pieces, view_of_a_view, other_shapes, single_indices, module_in_place, a_copy_is_no_view)
+BODIES = [overlapping_slices, pieces, view_of_a_view, other_shapes, single_indices, module_in_place, a_copy_is_no_view]
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -107,7 +107,7 @@ def test_writes_into_views_are_followed_without_aliasing(body: Body) -> None:
     assert not any(writes_in_place(node, compact) for node in compact.graph.nodes)
 
 
-@pytest.mark.parametrize("body", (overlapping_slices, pieces, module_in_place))
+@pytest.mark.parametrize("body", [overlapping_slices, pieces, module_in_place])
 @torch.no_grad()
 def test_channels_behind_written_slices_are_removed(body: Body) -> None:
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_a_write_that_cannot_be_followed_keeps_its_module_whole() -> None:
     compact = fxc.compile(model, [], x)
     assert torch.equal(compact(x), model(x))
     assert "'diagonal' cannot be undone" in opaque.reasons(compact)["1"]
-    with pytest.raises(CaptureError, match="into a view of a tensor that is read afterwards.*'diagonal'"):
+    with pytest.raises(CaptureError, match=r"into a view of a tensor that is read afterwards.*'diagonal'"):
         fxc.trace(Diagonal(), x)
 
 
@@ -223,7 +223,7 @@ class Homeless(nn.Module):
 
 def test_modules_with_parameters_that_are_no_submodules_are_named() -> None:
     x = torch.randn(2, 4)
-    with pytest.raises(CaptureError, match="calls Linear with 20 parameters, which is no submodule.*as a submodule"):
+    with pytest.raises(CaptureError, match=r"calls Linear with 20 parameters, which is no submodule.*as a submodule"):
         fxc.trace(Homeless(), x)
     model = nn.Sequential(nn.Linear(4, 4), Homeless())
     graph: fx.GraphModule = fxc.trace(model, x)
