@@ -159,7 +159,7 @@ class _Rewriter:
 
     def _overwrite(self, node: fx.Node, name: str) -> int:
         """x.zero_(), x.fill_(number) and x.copy_(y) become a tensor like x, and y in the shape and dtype of x."""
-        written = node.args[0]
+        written: Any = node.args[0]
         if name == "zero":
             return self._become(node, torch.zeros_like, {"input": written}, inplace=True)
         value = node.args[1] if len(node.args) > 1 else node.kwargs.get("value", node.kwargs.get("src"))
@@ -425,7 +425,8 @@ class _Rewriter:
             return 0
         node.target = own.set_item
         insertion = views.Insertion(node, before=True)
-        made = views.write_item(*node.args, insertion)  # type: ignore[arg-type]
+        target, index, value = node.args
+        made = views.write_item(target, index, value, insertion)  # type: ignore[arg-type]
         for one in insertion.inserted:
             self.positions[one] = self.positions[node]
         node.op, node.target, node.args, node.kwargs = made.op, made.target, made.args, made.kwargs

@@ -60,7 +60,7 @@ class LayerShape:
             self.inputs, self.outputs, **groups, **dict(self.options), dtype=self.dtype, device=self.device
         ).eval()
         source = torch.randn(*self.before, self.inputs, *self.behind, dtype=self.dtype, device=self.device)
-        return lambda: layer(source)  # type: ignore[no-any-return]
+        return lambda: layer(source)
 
 
 #: Times a layer at its old and at its new size.
@@ -104,8 +104,8 @@ def shape_of(node: fx.Node, batch: float = 1.0) -> LayerShape | None:
 
 
 def _channel(node: fx.Node, value: TensorInfo) -> int:
-    weight: Any = getattr(ops.submodule(node), "weight", None)
-    return len(value.shape) - 1 - max(weight.ndim - 2, 0)
+    module: Any = ops.submodule(node)
+    return len(value.shape) - 1 - max(int(module.weight.ndim) - 2, 0)
 
 
 def give_back(

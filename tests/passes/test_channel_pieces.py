@@ -45,7 +45,7 @@ def model() -> InPieces:
     torch.manual_seed(0)
     made = InPieces().eval()
     with torch.no_grad():
-        made.left[0].weight[:8] *= 1e-3
+        made.get_parameter("left.0.weight")[:8] *= 1e-3
     return made
 
 
