@@ -34,7 +34,8 @@ class Canonicalize(Pass):
        of a tensor that is read again later is put together with the rest of that tensor (`torch.cat` of slices, ...),
        and every other view is taken anew. (Where that is not possible, capture has kept the module as it is.)
     4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
-    5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
+    5. `x.shape` becomes `x.size()`; `x.dim()`, sizes of what is made of parameters alone, and arithmetic on plain
+       numbers become numbers.
     6. `nn.MultiheadAttention` becomes projections, heads and `F.scaled_dot_product_attention`, or single products
        where its weights are read or dropped at random.
     7. What is several things at once becomes these: `torch.addmm` a product and an addition, a batch normalisation of
@@ -145,6 +146,8 @@ class _Rewriter:
         name = name.removesuffix("_") if inplace else name
         if inplace and name in ("zero", "fill", "copy"):
             return self._overwrite(node, name)
+        if name in ("numel", "nelement", "size") and _is_number(info(node).value) and _is_of_the_model(node):
+            return self._become_number(node, info(node).value)
         if name in _METHOD_REWRITES and not inplace:
             return _METHOD_REWRITES[name](self, node)
         if name not in ops.BY_METHOD:
@@ -545,6 +548,19 @@ def _first_argument(node: fx.Node) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_of_the_model(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters and buffers alone."""
+    front, seen = [node], {node}
+    while front:
+        current = front.pop()
+        if current.op in ("placeholder", "call_module"):
+            return False
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        front += new
+    return True
 
 
 def _is_attribute(source: Any) -> bool:

@@ -125,7 +125,7 @@ class Walk:
         """Keep every index of an axis, for the reason given."""
         if axis is not None:
             self.frozen.append((axis.atoms.ravel(), why))
-            if self.current is not None:
+            if self.current is not None and len(axis) > 1:
                 self.causes.setdefault(self.current, why)
 
     def freeze_all(self, axes: Any, why: str) -> None:

@@ -1034,7 +1034,7 @@ def _new_channels(walk: Walk, count: int, value: float) -> Axis:
     "normalize", "norm", "argmax", "cumsum",
 )  # fmt: skip
 def _reduce(walk: Walk, node: fx.Node) -> Any:
-    """Channels that are reduced over stay, except that zeros can leave a sum; the others pass."""
+    """Channels that are reduced over stay, except that zeros can leave a sum or a norm; the others pass."""
     arguments = ops.arguments(node)
     source = node.all_input_nodes[0]
     given, kind = walk.of(source), ops.kind(node)
@@ -1043,10 +1043,12 @@ def _reduce(walk: Walk, node: fx.Node) -> Any:
     reduced = {int(dimension) % len(given) for dimension in dims}
     for dimension in reduced:
         axis = given[dimension]
-        if axis is not None and (kind == "sum" or (kind == "mean" and len(reduced) == 1)):
+        if axis is not None and _ignores_zeros(kind, arguments, len(reduced)):
             read(walk, node, axis, axis.constant == 0, f"a channel that is not zero is summed up in {node.name}")
         else:
             walk.freeze(axis, f"{kind} over the channels ({node.name})")
+    if kind == "normalize" and _ignores_zeros(kind, arguments, len(reduced)):
+        return tuple(axis and axis.with_constant(only_zero(axis.constant)) for axis in given)
     if kind in ("softmax", "log_softmax", "normalize", "cumsum"):
         return tuple(None if i in reduced else axis and axis.varying() for i, axis in enumerate(given))
     keeps = (lambda c: c) if kind in ("mean", "amax", "amin", "max", "min") else only_zero
@@ -1060,3 +1062,11 @@ def _reduce(walk: Walk, node: fx.Node) -> Any:
     if isinstance(info(node).value, tuple):  # values, and where they stood
         return (tuple(found), tuple(axis and axis.varying() for axis in found))
     return tuple(found)
+
+
+def _ignores_zeros(kind: str, arguments: dict[str, Any], dimensions: int) -> bool:
+    """Whether zeros do not count in a reduction. (In a mean they do, but their number can be written down.)"""
+    power = arguments.get("ord", arguments.get("p"))
+    if kind in ("norm", "normalize"):
+        return isinstance(power, (int, float)) and power > 0
+    return kind == "sum" or (kind == "mean" and dimensions == 1)
