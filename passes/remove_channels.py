@@ -16,12 +16,11 @@ from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
 from fxcompress.analysis.products import reduces_one_dimension, scaled
-from fxcompress.analysis.transfer import with_numbers
+from fxcompress.analysis.transfer import RESIZE, with_numbers
 from fxcompress.errors import FxCompressError, UnsupportedError
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, opaque, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
 from fxcompress.graph.modules import PartialGroupNorm, PartialLayerNorm, PartialRMSNorm
-from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 
 
@@ -57,7 +56,7 @@ class RemoveChannels(Pass):
             edits += int(plan.dead.sum())
             _apply(graph_module, plan)
             try:
-                propagate(graph_module, context.example_inputs)
+                opaque.propagate(graph_module, context.example_inputs)
             except FxCompressError as error:
                 raise UnsupportedError(f"a size written in the graph cannot follow the removal: {error}") from error
             _check_shapes(graph_module, plan)
@@ -112,9 +111,9 @@ def _width_dimension(node: fx.Node | None) -> int | None:
 
 
 def _why_not(node: fx.Node | None, parameters: list[ParameterAxis], plan: ChannelPlan) -> str:
-    opaque = info(node).opaque if node is not None else None
-    if opaque is not None:
-        return f"opaque: could not be traced ({opaque.reason})"
+    untraced = info(node).opaque if node is not None else None
+    if untraced is not None:
+        return f"opaque: could not be traced ({untraced.reason})"
     for parameter in sorted(parameters, key=lambda one: not one.producer):
         return plan.why(parameter.axis).replace("no channel was chosen", "no channel is dead")
     return "its channels are fixed"
@@ -289,6 +288,8 @@ def _update_layer(module: Any, node: fx.Node, plan: ChannelPlan) -> None:
         module.input_size = module.weight_ih_l0.shape[1]
     elif kind == "prelu" and module.num_parameters > 1:
         module.num_parameters = module.weight.shape[0]
+    elif type(module) in RESIZE:
+        RESIZE[type(module)](module)
 
 
 def _input_width(node: fx.Node, plan: ChannelPlan) -> int:

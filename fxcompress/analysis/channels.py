@@ -195,11 +195,22 @@ class Walk:
         else:
             self.parameters[key] = axis
 
-    def made_here(self, tensor: torch.Tensor, dimension: int, size: int) -> Axis | None:
+    def read(self, node: fx.Node, axis: Axis, harmless: Booleans, why: str) -> None:
+        """Say that a node uses up the values of channels, see `Read`."""
+        self.reads.append(Read(node, axis, harmless, why))
+
+    def unused(self, weight: torch.Tensor, dimension: int) -> Booleans:
+        """Return for every index along a dimension of a weight whether it holds nothing but zeros."""
+        if not self.follow_constants:
+            return np.zeros(weight.shape[dimension], dtype=bool)
+        slices = weight.detach().movedim(dimension, 0).flatten(1)
+        return np.asarray((slices == 0).all(1).cpu().numpy())
+
+    def made_here(self, tensor: torch.Tensor, dimension: int) -> Axis | None:
         """Return the axis of a parameter's output dimension: fresh atoms at the first visit, the same ones later."""
         key = (id(tensor), dimension)
         if key not in self.parameters:
-            self.parameter(tensor, dimension, self.fresh(size), "", producer=True)
+            self.parameter(tensor, dimension, self.fresh(tensor.shape[dimension]), "", producer=True)
         self.producers.add(key)
         known = self.parameters[key]
         return None if known is None else known.varying()

@@ -1,12 +1,41 @@
 """How every kind of operator passes channels on: one rule per kind.
 
-A rule is a function `rule(walk, node) -> axes` that looks up the axes of the node's inputs with `walk.of(input)`,
-ties, freezes or reads them, and returns the axes of what the node produces (a tuple of tuples where it produces
-several tensors). Add one for an operator of your own:
+A rule is a function `rule(walk, node) -> axes`. It looks up the axes of the node's inputs with `walk.of(input)`: for
+each dimension an `Axis`, or None where the size is fixed. It ties, freezes or reads them, and returns the axes of what
+the node produces (a tuple of tuples where it produces several tensors). What is not traceable and has no rule keeps the
+channels of its inputs; a function or module class with a rule is kept whole, and need not be traceable.
 
-    @transfer("my_kind")              # or @transfer(my_function) / @transfer(MyModule)
-    def my_rule(walk, node):
-        return walk.of(node.args[0])  # same channels out as in
+A function that passes channels on (register it with `torch.fx.wrap`, so that it is not traced into):
+
+    @transfer(gated)                                        # def gated(x, gate): ...
+    def gated_rule(walk, node):
+        tied = [walk.tie(a, b, "gated") for a, b in zip(*map(walk.of, node.args), strict=True)]
+        return tuple(axis and axis.varying() for axis in tied)
+
+A module that mixes channels; `weight` has shape (outputs, inputs), `scale` shape (inputs,):
+
+    @transfer(Mixer, resize=lambda module: setattr(module, "width", len(module.weight)))
+    def mixer_rule(walk, node):
+        module, given = layer(node), walk.of(node.args[0])  # layer: from fxcompress.analysis.channels
+        channels = given[1]
+        walk.parameter(module.scale, 0, channels, "scale of the mixer")
+        walk.parameter(module.weight, 1, channels, "inputs of the mixer")
+        if channels is not None:
+            harmless = (channels.constant == 0) | walk.unused(module.weight, 1)
+            walk.read(node, channels, harmless, "a channel that is not zero is mixed")
+        made = walk.made_here(module.weight, 0)
+        walk.parameter(module.bias, 0, made, "bias of the mixer")
+        return (given[0], made, *given[2:])
+
+1. `walk.tie(a, b, why)`: equal indices live and die together. `walk.freeze(axis, why)`: all indices stay.
+2. `walk.parameter(tensor, dimension, axis, why)`: the dimension of a parameter or buffer is sliced with the axis; every
+   dimension that is not named keeps its size. `walk.made_here(tensor, dimension)`: here channels are made.
+3. `walk.read(node, axis, harmless, why)`: the values are used up here. harmless, shape (len(axis),), says which indices
+   can go without changing the result; for sums of products those that carry zero, or that are multiplied with zeros
+   only (`walk.unused(weight, dimension)`). What a rule neither reads, ties nor hands on stays.
+4. `axis.take(indices)` cuts, repeats or reorders; `axis.varying()` forgets the constant that an index is known to carry
+   (`axis.constant`, NaN where it varies) and has to be called where the operator changes values.
+5. `resize` is called with a module whose parameters were sliced, to bring sizes that it keeps in attributes in line.
 """
 
 from __future__ import annotations
@@ -18,9 +47,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers, read_outside
+from fxcompress.analysis.channels import Axes, Axis, Floats, Walk, layer, numbers, read_outside
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.regroup import regroup
+from fxcompress.errors import PassError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import TensorInfo, info
 
@@ -28,11 +58,22 @@ Rule = Callable[[Walk, fx.Node], Any]
 RULES: dict[object, Rule] = {}
 
 
-def transfer(*keys: object) -> Callable[[Rule], Rule]:
-    """Register a rule for kinds (words of the operator table), functions or module classes."""
+#: What brings the attributes of modules of a class in line with their parameters.
+RESIZE: dict[object, Callable[[Any], object]] = {}
+
+
+def transfer(*keys: object, resize: Callable[[Any], object] | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for kinds (words of the operator table), functions or module classes.
+
+    Args:
+        keys: what the rule is for.
+        resize: for modules: called with each of them whose parameters were sliced.
+    """
 
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(keys, rule))
+        if resize is not None:
+            RESIZE.update(dict.fromkeys(keys, resize))
         ops.WHOLE.update(key for key in keys if callable(key) and key not in ops.BY_FUNCTION)
         return rule
 
@@ -43,11 +84,57 @@ def rule_for(node: fx.Node) -> Rule:
     """Return the rule for a node: by function or module class first, then by kind; the freezing rule otherwise."""
     key: object = type(ops.submodule(node)) if node.op == "call_module" else node.target
     if node.op in ("call_module", "call_function") and key in RULES:
-        return RULES[key]
+        return _checked(RULES[key])
     kind = ops.kind(node)
     if kind in RULES:
         return RULES[kind]
     return _elementwise if kind in ops.ELEMENTWISE_KINDS else freeze_node
+
+
+def _checked(rule: Rule) -> Rule:
+    """A rule that lets channels stay which it neither reads nor hands on: nobody knows what their absence would do."""
+
+    def run(walk: Walk, node: fx.Node) -> Any:
+        reads, edges = len(walk.reads), len(walk.edges)
+        made = rule(walk, node)
+        _check_sizes(node, made)
+        read_here = [one.axis for one in walk.reads[reads:]]
+        handed = [axis.atoms.ravel() for axis in (*read_here, *axes_in(made))]
+        handed += [atoms for pair in walk.edges[edges:] for atoms in pair]
+        name = str(getattr(node.target, "__name__", node.target))
+        for source in node.all_input_nodes:
+            for axis in axes_in(walk.axes.get(source)):
+                if not np.isin(axis.atoms, np.concatenate([np.empty(0, dtype=np.int64), *handed])).any():
+                    walk.freeze(axis, f"used up by {name} ({node.name}), whose rule does not say that it reads it")
+        return made
+
+    return run
+
+
+def _check_sizes(node: fx.Node, made: Any) -> None:
+    """Refuse axes that are not those of the tensor that a node produces.
+
+    Raises:
+        PassError: a rule returned such.
+    """
+    value = info(node).value
+    sizes = tuple(len(axis) if isinstance(axis, Axis) else None for axis in made) if isinstance(made, tuple) else None
+    if not isinstance(value, TensorInfo) or sizes is None:
+        return
+    if len(sizes) != len(value.shape) or any(one not in (None, size) for one, size in zip(sizes, value.shape)):  # noqa: B905
+        name = str(getattr(node.target, "__name__", node.target))
+        raise PassError(
+            f"the channel rule for {name} ({node.name}) returned axes of the sizes {sizes}, but {node.name} has shape "
+            f"{value.shape}: it must return one axis, or None, for each dimension"
+        )
+
+
+def axes_in(axes: Any) -> list[Axis]:
+    """Return every axis in a nest of axes."""
+    if isinstance(axes, Axis):
+        return [axes]
+    items = axes.values() if isinstance(axes, dict) else axes if isinstance(axes, (tuple, list)) else ()
+    return [found for item in items for found in axes_in(item)]
 
 
 def freeze_node(walk: Walk, node: fx.Node) -> Any:
@@ -161,7 +248,7 @@ def _full(
     """A layer that mixes all of its inputs: the input channels are read, the output channels are made here."""
     in_dimension = 1 - out_dimension
     walk.parameter(weight, in_dimension, axis, f"input of {node.target}, whose weights are used elsewhere")
-    out = walk.made_here(weight, out_dimension, weight.shape[out_dimension])
+    out = walk.made_here(weight, out_dimension)
     if not walk.follow_constants:
         read(walk, node, axis, np.zeros(weight.shape[in_dimension], dtype=bool), "")
         return out
@@ -235,7 +322,7 @@ def _by_position(
         out = walk.parameters[key]
     else:
         walk.parameter(weight, 0, axis, reused)
-        made = walk.made_here(weight, 1, outs)
+        made = walk.made_here(weight, 1)
         out = made and made.take(np.tile(np.arange(outs), groups))
     if axis is None or not walk.follow_constants:
         read(walk, node, axis, np.zeros(ins * groups, dtype=bool), "")
@@ -254,7 +341,7 @@ def _by_position(
 def read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
     """Record that a node reads the channels of an axis, see `Read`."""
     if axis is not None:
-        walk.reads.append(Read(node, axis, harmless, why))
+        walk.read(node, axis, harmless, why)
 
 
 @transfer("linear")
@@ -272,7 +359,7 @@ def _embedding(walk: Walk, node: fx.Node) -> Axes:
     module = layer(node)
     assert isinstance(module, nn.Embedding)
     walk.parameter(module.weight, 0, None, f"rows of the embedding {node.target}")
-    out = walk.made_here(module.weight, 1, module.weight.shape[1])
+    out = walk.made_here(module.weight, 1)
     constant = _slice_constants(walk, module.weight, 1)
     return (*walk.of(node.all_input_nodes[0]), out and out.with_constant(constant))
 

@@ -245,6 +245,26 @@ def test_standardised_weights(groups: int) -> None:
     assert widths(pruned(model), "0", "2", "4") == [4, 4, 4]
 
 
+def channel_attention(net: Pair, x: torch.Tensor) -> Any:
+    """ECA: a convolution over the channels, so that no channel can go without moving its neighbours."""
+    a = net.a(x)
+    weights = net.more["eca"](a.mean((2, 3)).view(a.shape[0], 1, -1)).sigmoid().view(a.shape[0], -1, 1, 1)
+    return net.more["inner"](a * weights.expand_as(a)).relu() + net.b(x) * weights
+
+
+def test_what_is_convolved_over_keeps_its_own_channels_only_and_says_why() -> None:
+    model = Pair(channel_attention, more={"eca": nn.Conv1d(1, 1, 3, padding=1), "inner": nn.Conv2d(8, 8, 1)})
+    removed = pruned(model)
+    assert widths(removed, "a", "b") == [8, 8]
+    assert removed.report is not None
+    notes = {line.layer: line.notes for line in removed.report.layers}
+    assert notes["a"][-1] == "not pruned: convolved over by more.eca"
+    assert notes["b"][-1].endswith("ties it to a dimension of fixed size (convolved over by more.eca)")
+    free = Pair(lambda net, x: net.more["out"](channel_attention(net, x)).relu(), reads=6,
+                more={**model.more, "out": nn.Conv2d(8, 6, 1)})  # fmt: skip
+    assert widths(pruned(free), "a", "more.out") == [8, 3]
+
+
 class CosineAttention(nn.Module):
     """Attention with normalised queries and keys, whose bias for keys is zeroed at run time, as in Swin V2."""
 
