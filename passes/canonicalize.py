@@ -34,7 +34,7 @@ class Canonicalize(Pass):
        of a tensor that is read again later is put together with the rest of that tensor (`torch.cat` of slices, ...),
        and every other view is taken anew. (Where that is not possible, capture has kept the module as it is.)
     4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
-    5. `x.shape` becomes `x.size()`; `x.dim()`, sizes of what is made of parameters alone, and arithmetic on plain
+    5. `x.shape` becomes `x.size()`; `x.dim()`, `numel()` of what is made of parameters alone, and arithmetic on plain
        numbers become numbers.
     6. `nn.MultiheadAttention` becomes projections, heads and `F.scaled_dot_product_attention`, or single products
        where its weights are read or dropped at random.
@@ -146,7 +146,7 @@ class _Rewriter:
         name = name.removesuffix("_") if inplace else name
         if inplace and name in ("zero", "fill", "copy"):
             return self._overwrite(node, name)
-        if name in ("numel", "nelement", "size") and _is_number(info(node).value) and _is_of_the_model(node):
+        if name in ("numel", "nelement") and _is_number(info(node).value) and _is_of_the_model(node):
             return self._become_number(node, info(node).value)
         if name in _METHOD_REWRITES and not inplace:
             return _METHOD_REWRITES[name](self, node)
