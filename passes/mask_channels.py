@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -33,6 +34,7 @@ from fxcompress.analysis.trial import masked, refusals, to_zero
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import edit
 from fxcompress.graph.batches import read_batches, read_pairs
+from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.pipeline.base import (
@@ -206,93 +208,82 @@ class MaskChannels(ChannelOptions):
 
     def _plan(self, pieces: Sequence[Piece]) -> Decision:
         """Decide over one or several graphs together."""
-        ratios: tuple[LayerRatio, ...] = self.ratios
-        graphs = [piece.graph_module for piece in pieces]
-        analyses = [
-            analyse(piece.graph_module, ignore=matching_layers(piece.graph_module, self.ignore, piece.context.model))
-            for piece in pieces
-        ]
-        joint = join(analyses, [piece.path for piece in pieces])
-        shares = joint.concatenated([
-            shares_of_layers(analysis, ratios_of_layers(piece.graph_module, ratios, piece.context.model))
-            for piece, analysis in zip(pieces, analyses, strict=True)
-        ])  # fmt: skip
-        scores = joint.concatenated([
-            self._score(piece.graph_module, analysis, piece.context)
-            for piece, analysis in zip(pieces, analyses, strict=True)
-        ])  # fmt: skip
-
-        def refused(plan: ChannelPlan) -> dict[int, str]:
-            return joint.renumbered(
-                refusals(graph, part) if part.dead.any() else {}
-                for graph, part in zip(graphs, joint.split(plan), strict=True)
-            )
-
-        everything = choose_all(joint.analysis, scores, self.heads)
-        fixed = refused(everything)
-        whole = pieces[0].context.around(graphs[0])
+        known = self._survey(pieces)
+        everything = choose_all(known.joint.analysis, known.scores, self.heads)
+        fixed = known.refused(everything)
+        whole = pieces[0].context.around(pieces[0].graph_module)
         cost = None
         if isinstance(self.budget, Budget):
             named = [(piece.path, piece.graph_module) for piece in pieces]
-            cost = CostOfChoice(whole.graph_module, joint.analysis, named)
+            cost = CostOfChoice(whole.graph_module, known.joint.analysis, named)
 
         def plan_for(ratio: float | None, budget: Budget | None = None) -> ChannelPlan:
             def decide(kept: Mapping[int, str]) -> ChannelPlan:
                 return choose(
-                    whole.graph_module, joint.analysis, scores, ratio=ratio, budget=budget, scope=self.scope,
-                    round_to=self.round_to, heads=self.heads, shares=shares, kept=kept,
+                    whole.graph_module, known.joint.analysis, known.scores, ratio=ratio, budget=budget,
+                    scope=self.scope, round_to=self.round_to, heads=self.heads, shares=known.shares, kept=kept,
                     relative=not compares_across_layers(self._criterion()), cost=cost,
                 )  # fmt: skip
 
-            return _of_what_can_go(refused, everything, fixed, decide)
+            return _of_what_can_go(known.refused, everything, fixed, decide)
 
         if isinstance(self.budget, Latency):
-            return self._meet_latency(self.budget, pieces, joint, plan_for, scores)
+            return self._meet_latency(self.budget, known, plan_for)
         plan = plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None)
-        return Decision(tuple(joint.split(plan)))
+        return Decision(tuple(known.joint.split(plan)))
 
-    def _meet_latency(
-        self,
-        budget: Latency,
-        pieces: Sequence[Piece],
-        joint: Joint,
-        plan_for: Callable[[float], ChannelPlan],
-        scores: Floats,
-    ) -> Decision:
+    def _survey(self, pieces: Sequence[Piece]) -> _Survey:
+        """Look at all graphs, and score their channels."""
+        ratios: tuple[LayerRatio, ...] = self.ratios
+        analyses, shares, scores = [], [], []
+        for piece in pieces:
+            graph, model = piece.graph_module, piece.context.model
+            analysis = analyse(graph, ignore=matching_layers(graph, self.ignore, model))
+            analyses.append(analysis)
+            shares.append(shares_of_layers(analysis, ratios_of_layers(graph, ratios, model)))
+            scores.append(self._score(graph, analysis, piece.context))
+        joint = join(analyses, [piece.path for piece in pieces])
+        return _Survey(tuple(pieces), joint, np.concatenate(scores), np.concatenate(shares))
+
+    def _meet_latency(self, budget: Latency, known: _Survey, plan_for: Callable[[float], ChannelPlan]) -> Decision:
         """Prune copies for real, time them against the model as it is, and return the plan of the best.
 
         Layers that are slower than before in that plan get channels back, unless the budget were missed.
         """
-        context = pieces[0].context
-        whole = context.around(pieces[0].graph_module)
+        context = known.pieces[0].context
+        whole = context.around(known.pieces[0].graph_module)
         inputs = latency.with_batch(whole.inputs, budget.batch)
 
         def measure(plan: ChannelPlan) -> latency.Pair:
-            candidate = _pruned(whole.graph_module, pieces, joint.split(plan))
+            candidate = _pruned(whole.graph_module, known.pieces, known.joint.split(plan))
             return latency.time_pair(whole.graph_module, candidate, inputs)
 
         unchanged = plan_for(0.0)
-        before = dataclasses.replace(unchanged, dead=scores == -1.0)  # by an earlier run, perhaps of this very pass
+        before = dataclasses.replace(unchanged, dead=known.scores == -1.0)  # by an earlier run, perhaps of this pass
         search = latency.Search(budget, plan_for, measure, context.progress)
         outcome = search.run(before if before.dead.any() else unchanged)
-        factor = inputs.tensors()[0].shape[0] / max(whole.inputs.tensors()[0].shape[0], 1)
-        returned = [
+        plans, notes = self._without_slower_layers(outcome.plan, known, _growth(whole.inputs, inputs))
+        better = known.joint.merged(plans)
+        if (better.dead == outcome.plan.dead).all():
+            return Decision(tuple(known.joint.split(outcome.plan)), outcome.metrics)
+        again = search.judge(better, outcome)
+        given_back = notes if again.plan is better else ()
+        return Decision(tuple(known.joint.split(again.plan)), again.metrics, given_back)
+
+    def _without_slower_layers(
+        self, plan: ChannelPlan, known: _Survey, batch: float
+    ) -> tuple[list[ChannelPlan], tuple[tuple[Note, ...], ...]]:
+        """What layers of each piece get back, and the lines of the ledger about it."""
+        found = [
             give_back(
-                piece.graph_module,
-                plan,
-                own,
-                batch=factor,
-                round_to=self.round_to,
+                piece.graph_module, own, scores, batch=batch, round_to=self.round_to,
                 measure=layer_latency.time_layers,
             )
-            for piece, plan, own in zip(pieces, joint.split(outcome.plan), joint.parted(scores), strict=True)
-        ]
-        better = joint.merged([plan for plan, _ in returned])
-        if (better.dead == outcome.plan.dead).all():
-            return Decision(tuple(joint.split(outcome.plan)), outcome.metrics)
-        again = search.judge(better, outcome)
-        notes = tuple(notes for _, notes in returned) if again.plan is better else ()
-        return Decision(tuple(joint.split(again.plan)), again.metrics, notes)
+            for piece, own, scores in zip(
+                known.pieces, known.joint.split(plan), known.joint.parted(known.scores), strict=True
+            )
+        ]  # fmt: skip
+        return [own for own, _ in found], tuple(notes for _, notes in found)
 
     def _criterion(self) -> str | Function:
         return self.importance.value if isinstance(self.importance, InPython) else str(self.importance)
@@ -333,6 +324,28 @@ class MaskChannels(ChannelOptions):
                 f"(data=...) or to fxcompress.compile({names[0]}=...)"
             )
         return found[0]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Graphs, their analyses put together, and the score and the share of its own (or NaN) of every group."""
+
+    pieces: tuple[Piece, ...]
+    joint: Joint
+    scores: Floats
+    shares: Floats
+
+    def refused(self, plan: ChannelPlan) -> dict[int, str]:
+        """Return the groups of a plan that could not be removed, with the reasons."""
+        return self.joint.renumbered(
+            refusals(piece.graph_module, part) if part.dead.any() else {}
+            for piece, part in zip(self.pieces, self.joint.split(plan), strict=True)
+        )
+
+
+def _growth(example: ExampleInputs, inputs: ExampleInputs) -> float:
+    """By what the batch size of the example is multiplied."""
+    return inputs.tensors()[0].shape[0] / max(example.tensors()[0].shape[0], 1)
 
 
 @dataclass(frozen=True)

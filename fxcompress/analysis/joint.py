@@ -26,10 +26,6 @@ class Joint:
     parts: tuple[ChannelAnalysis, ...]
     starts: tuple[int, ...]
 
-    def concatenated(self, values: Sequence[Floats]) -> Floats:
-        """Return one array over the groups of all graphs, from one for each."""
-        return np.concatenate(values)
-
     def parted(self, values: Floats) -> list[Floats]:
         """Return the part of each graph of an array over all groups."""
         return np.split(values, self.starts[1:])

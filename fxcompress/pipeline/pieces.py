@@ -108,9 +108,9 @@ def _decided(
     pieces: list[Region], root: fx.GraphModule, context: PassContext, segment: list[Pass], titles: list[str]
 ) -> dict[str, list[Pass]]:
     """The passes for each piece: those of the segment, unless they decide over all pieces together."""
-    if not segment[0].joins:
-        return {piece.path: segment for piece in pieces}
     there = [piece for piece in pieces if not _is_empty(piece.graph_module)]
+    if not segment[0].joins or not there:
+        return {piece.path: segment for piece in pieces}
     for piece in there:
         propagate(piece.graph_module, piece.inputs)
     try:
