@@ -135,3 +135,16 @@ def test_a_joint_analysis_keeps_every_piece_apart() -> None:
     found = families(joint.analysis)
     first, second = (set(part.tolist()) - {-1} for part in joint.parted(found.astype(float)))
     assert not first & second
+
+
+@pytest.mark.parametrize("importance", ["taylor", "activation", lambda weight, dimension: weight.movedim(
+    dimension, 0).flatten(1).abs().sum(1)])  # fmt: skip
+def test_a_criterion_that_is_asked_once_is_not_asked_again_until_channels_are_removed(importance: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(576, 4)).eval()
+    data = [(X, torch.tensor([0, 1]))]
+    item = P.MaskChannels(0.3, importance=importance, data=data if importance == "taylor" else [X], round_to=3)
+    compact = fxc.compile(net, [item, item, P.RemoveChannels(), item, item], X)
+    assert compact.report is not None
+    modified = [line.modified for line in compact.report.passes if line.name.startswith("mask")]
+    assert modified == [True, False, True, False]
