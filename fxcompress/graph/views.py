@@ -49,31 +49,57 @@ def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
 
 
 def find_views(graph: fx.Graph, values: ExampleValues) -> dict[fx.Node, fx.Node]:
-    """Return every node that shares the memory of its source, with the source; nothing where nothing is written.
+    """Return every node that shares the memory of its source with something that is written to, with that source.
 
     On the example inputs: whether `reshape` copies depends on strides.
     """
-    if not any(writes_in_place(node, values.root) for node in graph.nodes):
-        return {}
     found: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        source = next(iter(node.all_input_nodes), None)
-        if source is not None and not writes_in_place(node, values.root) and _may_view(node, source, values, found):
-            try:
-                if _storages(values.of(node)) & _storages(values.of(source)):
-                    found[node] = source
-            except Exception:  # its shape depends on data, so that it is no view
-                continue
+    for node, source in _near_writes(graph, values.root).items():
+        try:
+            one, other = values.of(node), values.of(source)
+        except Exception:  # its shape depends on data, so that it is no view
+            continue
+        if _storages(one) & _storages(other) and (source in found or not _is_several(other)):
+            found[node] = source
     return found
 
 
-def _may_view(node: fx.Node, source: fx.Node, values: ExampleValues, known: dict[fx.Node, fx.Node]) -> bool:
-    """Layers make tensors of their own (but for dropout, which hands its input on in one of two modes)."""
-    if node.op == "output" or ops.kind(node) in ("dropout", "dropout_function"):
+def _near_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
+    """The nodes that may be views, as far as what they are views of may be written to; each with its source."""
+    views: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = _first(node) or next(iter(node.all_input_nodes), None)
+        if source is not None and writes_in_place(node, root):
+            written[node] = source
+        elif source is not None and _may_view(node, root):
+            views[node] = source
+    if not written or not views:
+        return {}
+    shared = {**views, **written}
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        roots[node] = roots[shared[node]] if node in shared else node
+    dirty = {roots[target] for target in written.values()}
+    return {node: source for node, source in views.items() if roots[node] in dirty}
+
+
+def _may_view(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node may return memory of its first input.
+
+    Layers make tensors of their own (but for dropout, which hands its input on in one of two modes).
+    """
+    if node.op not in ("call_function", "call_method", "call_module"):
         return False
     if node.op == "call_module":
-        return type(edit.attribute(values.root, str(node.target))) in ops.STATELESS_MODULES
-    return node.target is not operator.getitem or source in known or not _is_several(values.of(source))
+        module = ops.submodule(node) or edit.attribute(root, str(node.target))
+        function = ops.STATELESS_MODULES.get(type(module), (None, ""))[0]
+        return function is not None and ops.BY_FUNCTION[function].view
+    if node.op == "call_method" and str(node.target) in ops.BY_METHOD and str(node.target) not in _SPELLINGS:
+        return ops.BY_METHOD[str(node.target)].view
+    kind = ops.kind(node)
+    known = node.op == "call_function" and node.target in ops.BY_FUNCTION and node.target is not getattr
+    return kind in ops.VIEW_KINDS if known else kind not in ("dropout", "dropout_function", "size", "ndim", "numel")
 
 
 def _is_several(value: Any) -> bool:
