@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.schedule import SCHEDULES, Way
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.graph.metadata import TensorInfo, graph_info, info
 
 #: What a budget can be in, besides latency.
 QUANTITIES = ("parameters", "macs", "bytes")
@@ -173,34 +174,47 @@ class CostOfChoice:
     with its weight.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, analysis: ChannelAnalysis) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        analysis: ChannelAnalysis,
+        pieces: Sequence[tuple[str, fx.GraphModule]] | None = None,
+    ) -> None:
+        """Look at a network once.
+
+        Args:
+            graph_module: the whole network.
+            analysis: of its graph, or of all of its pieces together (`analysis.joint`).
+            pieces: path and graph of every piece that the analysis covers; None: the whole network is one.
+        """
+        pieces = [("", graph_module)] if pieces is None else pieces
         self.analysis = analysis
         self.shapes: dict[str, tuple[int, ...]] = {}
+        canonical: dict[str, str] = {}
         for paths in edit.tensor_paths(graph_module).values():
             self.shapes[paths[0]] = tuple(edit.attribute(graph_module, paths[0]).shape)
+            canonical.update(dict.fromkeys(paths, paths[0]))
         self.item_bytes: dict[str, int] = {
             path: edit.attribute(graph_module, path).element_size() for path in self.shapes
         }
         self.trainable = {path for path, _ in graph_module.named_parameters()}
         self.rows = [
-            (parameter.paths[0], parameter.dimension, len(parameter.axis), parameter.axis)
+            (canonical[parameter.paths[0]], parameter.dimension, len(parameter.axis), parameter.axis)
             for parameter in analysis.parameters
         ]
         self.fixed_macs = 0
         self.macs_by_weight: dict[str, int] = {}
-        batch = _batch(graph_module)
-        canonical = {path: paths[0] for paths in edit.tensor_paths(graph_module).values() for path in paths}
-        self.products = [(count // batch, axes) for _, count, axes in analysis.products]
+        batches = {node: graph_info(piece).batch or _batch(piece) for _, piece in pieces for node in piece.graph.nodes}
+        self.products = [(count // batches[node], axes) for node, count, axes in analysis.products]
         products = {node for node, _, _ in analysis.products}
-        for node in graph_module.graph.nodes:
-            count = node_macs(node) // batch
-            if node in products:
-                continue
-            if count and ops.kind(node) in ops.ANCHOR_KINDS:
-                path = canonical[f"{node.target}.weight"]
-                self.macs_by_weight[path] = self.macs_by_weight.get(path, 0) + count
-            else:
-                self.fixed_macs += count
+        for path, piece in pieces:
+            for node in piece.graph.nodes:
+                count = 0 if node in products else node_macs(node) // batches[node]
+                if count and ops.kind(node) in ops.ANCHOR_KINDS:
+                    weight = canonical[f"{path}.{node.target}.weight" if path else f"{node.target}.weight"]
+                    self.macs_by_weight[weight] = self.macs_by_weight.get(weight, 0) + count
+                else:
+                    self.fixed_macs += count
 
     def __call__(self, quantity: str, dead: Booleans) -> float:
         """Return the `QUANTITIES` of the network without the groups marked in `dead`."""

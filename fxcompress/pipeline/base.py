@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,6 +115,19 @@ class PassContext:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A graph to run passes on, the whole model or a region of it, with the context for it."""
+
+    graph_module: fx.GraphModule
+    context: PassContext
+
+    @property
+    def path(self) -> str:
+        """Where it stands in the whole model, "" for the model itself."""
+        return self.context.whole.path if self.context.whole is not None else ""
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base class of every pass. Subclass it as a frozen dataclass; its fields are its options.
 
@@ -139,6 +152,15 @@ class Pass:
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Transform the graph. The graph may be edited in place: the manager owns it."""
         raise NotImplementedError(f"{type(self).__name__} must define run()")
+
+    @property
+    def joins(self) -> bool:
+        """Whether the pass decides something over all pieces of a model together (see `decide`)."""
+        return False
+
+    def decide(self, pieces: Sequence[Piece]) -> Sequence[Pass]:
+        """Return the pass to run on each piece of a model. Asked only of passes that join pieces; changes nothing."""
+        return [self for _ in pieces]
 
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes that this one stands for: itself, unless it is a group of passes."""
