@@ -99,6 +99,14 @@ def assert_same(compact: CompactModule, *inputs: torch.Tensor) -> None:
     assert planned(compact)
 
 
+def assert_alike(compact: CompactModule, *inputs: torch.Tensor) -> None:
+    """Kernels and graph agree but for numbers between two integers, which either may round to the other side."""
+    expected = by_graph(compact, *inputs)
+    for _ in range(2):
+        noise = (compact(*inputs) - expected).square().mean()
+        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 35
+
+
 def planned(compact: CompactModule) -> bool:
     made = compact._native.made
     return made is not None and len(made.plans) > 0
@@ -469,9 +477,10 @@ class Shuffled(nn.Module):
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_a_channel_shuffle_is_one_copy(groups: int) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 3, 11, 9)
     compact = fxc.compile(nn.Sequential(Shuffled(groups), nn.Conv2d(24, 8, 1)), "fuse, quantize", x, calibration=[x])
-    assert_same(compact, x)
+    assert_alike(compact, x)
     assert python_calls(compact) == []
     assert any(isinstance(module, Int8Conv) for name, module in compact.named_modules() if name.endswith("0.second"))
 
@@ -497,10 +506,7 @@ def test_tokens(width: int, shape: tuple[int, ...]) -> None:
     nn.init.normal_(model.norm.bias)
     x = torch.randn(*shape, width)
     compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
-    expected = by_graph(compact, x)
-    for _ in range(2):
-        noise = (compact(x) - expected).square().mean()  # numbers between two integers may be rounded to either
-        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
+    assert_alike(compact, x)
     assert python_calls(compact) == []
 
 
@@ -521,8 +527,8 @@ def test_images_of_a_batch_are_computed_one_by_one(batch: int, threads: int) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_same(compact, x)
-        assert_same(compact, x.contiguous(memory_format=torch.channels_last))
+        assert_alike(compact, x)
+        assert_alike(compact, x.contiguous(memory_format=torch.channels_last))
     finally:
         torch.set_num_threads(before)
     assert image_by_image(compact) == [batch, batch]
@@ -552,7 +558,7 @@ def test_images_that_meet_are_not(how: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6)
     compact = fxc.compile(Mixing(how), "fuse, quantize", x, calibration=[x])
-    assert_same(compact, x)
+    assert_alike(compact, x)
     assert image_by_image(compact) == [0]
 
 
@@ -589,8 +595,33 @@ def test_windows(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)
     compact = fxc.compile(Windows(), "fuse, quantize", x, calibration=[x])
-    expected = by_graph(compact, x)
-    for _ in range(2):
-        noise = (compact(x) - expected).square().mean()
-        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
+    assert_alike(compact, x)
     assert set(python_calls(compact)) <= {"matmul", "matmul_1", "masked_fill"}
+
+
+class Structured(nn.Module):
+    """Two images in a dictionary, another by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: dict[str, torch.Tensor], scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        left, right = self.conv(images["left"]), self.conv(images["right"])
+        return {"sum": left + right, "scaled": left * scale if scale is not None else left}
+
+
+def test_structured_and_keyword_inputs() -> None:
+    torch.manual_seed(0)
+    images = {"left": torch.randn(2, 3, 8, 8), "right": torch.randn(2, 3, 8, 8)}
+    inputs = {"images": images, "scale": torch.randn(2, 1, 1, 1)}
+    compact = fxc.compile(Structured(), "fuse, quantize", inputs, calibration=[inputs])
+    twin = copy.deepcopy(compact)
+    twin.executor = "graph"
+    for call in ({"scale": inputs["scale"], "images": images}, inputs):
+        for _ in range(2):
+            found, expected = compact(**call), twin(**call)
+            assert found.keys() == expected.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name])
+    assert planned(compact)

@@ -81,25 +81,24 @@ class Executor:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Run on inputs of any shape; the arguments are those of the graph's placeholders."""
-        leaves, structure = tree_flatten((arguments, keywords))
+        inputs = _positional(self.graph_module, arguments, keywords) if keywords else list(arguments)
+        leaves, structure = tree_flatten(inputs)
         key = (structure, *(_signature(leaf) for leaf in leaves))
-        plan = self.plans.get(key)
-        if plan is None:
-            return self._first(key, arguments, keywords)
+        plan = self.plans.get(key) or self._add(key, inputs)
         return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
-    def _first(self, key: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """The first call with inputs of these shapes makes the plan."""
-        inputs = _positional(self.graph_module, arguments, keywords)
+    def _add(self, key: Any, inputs: list[Any]) -> BoundPlan:
+        """Plan for inputs of these shapes."""
+        inputs = _positional(self.graph_module, tuple(inputs), {})
         plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
         single = None
         if images_of(plan) > 1:  # then a plan for one of them will do for each
-            one = [leaf[:1] if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
+            one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
             single = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = bound = BoundPlan(plan, self.library, single)
-        return bound([leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)])
+        return bound
 
 
 def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:

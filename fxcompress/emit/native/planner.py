@@ -170,11 +170,12 @@ class _Planner:
     # Values that come from outside, and those that leave
 
     def _input(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        view = View(self._buffer("input", extent(value)), value)
-        self.plan.inputs.append(view)
-        return view
+        """The value of a placeholder: a view, or a structure that holds views."""
+        leaves, structure = tree_flatten(value)
+        found = [View(self._buffer("input", extent(leaf)), leaf) if isinstance(leaf, torch.Tensor) else leaf
+                 for leaf in leaves]  # fmt: skip
+        self.plan.inputs += [leaf for leaf in found if isinstance(leaf, View)]
+        return structure.unflatten(found)
 
     def _constant(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
