@@ -122,7 +122,7 @@ def python_calls(compact: CompactModule) -> list[str]:
 @st.composite
 def convolutions(draw: Any) -> tuple[Int8Conv, list[torch.Tensor]]:
     spatial = draw(st.sampled_from([1, 2, 2, 2]))
-    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    groups = draw(st.sampled_from([1, 1, 2, 4, 5, 13]))
     depthwise = draw(st.booleans())
     per_group = 1 if depthwise else draw(st.integers(1, 21))
     groups = draw(st.integers(2, 150)) if depthwise else groups

@@ -55,8 +55,8 @@ struct Finish {
 struct Convolution {
     int64_t op;
     Place source, result;
-    int64_t images, height, width, channels;  // of the result; channels of one group
-    int64_t groups, group_in, group_out;      // bytes from one group's channels to the next, in source and result
+    int64_t images, height, width, channels;  // of the result
+    int64_t groups, group_in, group_out;      // channels of one group, in source and result; the last may have fewer
     int64_t rows_of_window, columns_of_window, run;  // run: bytes read at each place of the window, a multiple of 4
     const int64_t* rows;     // (height, rows_of_window): byte offset of a row or OUTSIDE
     const int64_t* columns;  // (width, columns_of_window)
@@ -482,7 +482,7 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
     const Finish& f = c.finish;
     const Limits limits(f.inverse, f.zero, f.low, f.high);
     const int64_t window = c.rows_of_window * c.columns_of_window;
-    const int64_t vectors = (c.channels + 15) / 16, blocks = (vectors + 3) / 4;
+    const int64_t vectors = (c.group_out + 15) / 16, blocks = (vectors + 3) / 4;
     const int64_t pixels = c.images * c.height * c.width;
     const int64_t size = f.kind == FLOAT ? 4 : 1, residual_size = f.residual_kind == FLOAT ? 4 : 1;
 
@@ -496,7 +496,9 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
         const uint8_t* residual = nullptr;
         if (f.residual_kind != -1)
             residual = buffers[f.residual.buffer] + f.residual.offset + g * c.group_out * residual_size;
-        walk(group, vectors / blocks + (b < vectors % blocks), 16 * vector, c.channels - 16 * vector,
+        const int64_t count = std::min(c.group_out, c.channels - g * c.group_out) - 16 * vector;
+        if (count <= 0) return;
+        walk(group, vectors / blocks + (b < vectors % blocks), 16 * vector, count,
              c.weights + g * c.group_weights + vector * window * c.run * 16, limits, from, to,
              buffers[c.source.buffer] + c.source.offset + g * c.group_in,
              buffers[c.result.buffer] + c.result.offset + g * c.group_out * size, residual);
@@ -504,7 +506,7 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
 
     if (c.groups * group_bytes <= RESIDENT) {
         // Each thread has its own pixels, in strips that stay in its cache while all channels are made.
-        const int64_t wide = c.groups * (c.run * c.columns_of_window + c.channels * size);
+        const int64_t wide = c.groups * (c.run * c.columns_of_window + c.group_out * size);
         const int64_t strip = std::max<int64_t>(48, STRIP / wide / 24 * 24);
         const int64_t begin = pixels * thread / threads, end = pixels * (thread + 1) / threads;
         for (int64_t from = begin; from < end; from += strip)

@@ -53,9 +53,12 @@ def adaptive_windows(size: int, count: int, step: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def vectors(numbers: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Return one float32 number for each output channel, each group in whole vectors."""
-    rows = numbers.detach().float().view(groups, -1)
+def vectors(numbers: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """Return one float32 number for each output channel, every `size` of them in whole vectors."""
+    size = len(numbers) if size is None else size
+    groups = -(-len(numbers) // size)
+    rows = torch.zeros(groups, size)
+    rows.view(-1)[: len(numbers)] = numbers.detach().float()
     padded = torch.zeros(groups, rounded_up(rows.shape[1], LANES))
     padded[:, : rows.shape[1]] = rows
     return aligned(padded)
@@ -86,19 +89,21 @@ def convolution(weights: torch.Tensor) -> torch.Tensor:
 
 
 def merged_groups(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, int]:
-    """Join groups of a grouped convolution until one has a vector of output channels; what they do not share is zero.
+    """Join groups of a grouped convolution until they have a vector of output channels; what they do not share is zero.
 
     Args:
         weight: int8 (out channels, in channels of a group, places).
 
     Returns:
-        (groups, out channels of a group, in channels of a group, places), and how many groups were joined into one.
+        (joined groups, out channels of a joined group, in channels of a joined group, places), and how many groups are
+        one. The last one is filled up with zeros.
     """
     out = weight.shape[0] // groups
-    join = next(number for number in range(1, groups + 1) if groups % number == 0 and number * out >= min(
-        LANES, groups * out))  # fmt: skip
-    split = weight.view(groups // join, join, out, *weight.shape[1:])
-    dense = weight.new_zeros(groups // join, join, out, join, *weight.shape[1:])
+    join = min(groups, -(-LANES // out))
+    split = weight.new_zeros(rounded_up(groups, join), out, *weight.shape[1:])
+    split[:groups] = weight.view(groups, out, *weight.shape[1:])
+    split = split.unflatten(0, (-1, join))
+    dense = weight.new_zeros(len(split), join, out, join, *weight.shape[1:])
     for index in range(join):
         dense[:, index, :, index] = split[:, index]
     return dense.flatten(3, 4).flatten(1, 2), join

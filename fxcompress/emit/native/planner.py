@@ -427,15 +427,15 @@ class _Planner:
         key = (module, "rows" if in_rows else "taps")
         if key not in self.packed:
             self.packed[key] = _packed_convolution(module, kernel, in_rows)
-        weights, groups, joined, run, bias, scale = self.packed[key]
+        weights, groups, group, run, bias, scale = self.packed[key]
         row, column = x.strides()[2], x.strides()[3]
         rows = packing.windows(x.meta.shape[2], kernel[0], stride[0], padding[0], dilation[0], shape[2], row)
         places = 1 if in_rows else kernel[1]
         columns = packing.windows(x.meta.shape[3], places, stride[1], padding[1], dilation[1], shape[3], column)
         step = steps.Convolution(
             source=_place(x), result=_place(result), images=shape[0], height=shape[2], width=shape[3],
-            channels=module.out_channels // groups, groups=groups, group_in=channels * joined,
-            group_out=module.out_channels // groups, rows_of_window=kernel[0], columns_of_window=places,
+            channels=module.out_channels, groups=groups, group_in=group * module.in_channels // module.out_channels,
+            group_out=group, rows_of_window=kernel[0], columns_of_window=places,
             run=packing.rounded_up(run, packing.DEPTH), rows=self._kept(rows.contiguous()),
             columns=self._kept(columns.contiguous()),
             padding=self._kept(torch.full((run + packing.CHUNK,), module.input.zero_point, dtype=torch.uint8)),
@@ -514,7 +514,7 @@ class _Planner:
         pixel = x.meta.stride(-2) if x.meta.ndim > 1 else module.in_features
         step = steps.Convolution(
             source=_place(x), result=_rows_place(result), images=1, height=1, width=count,
-            channels=module.out_features, groups=1, rows_of_window=1, columns_of_window=1,
+            channels=module.out_features, groups=1, group_out=module.out_features, rows_of_window=1, columns_of_window=1,
             run=packing.rounded_up(module.in_features, packing.DEPTH),
             rows=self._kept(torch.zeros(1, dtype=torch.int64)),
             columns=self._kept(torch.arange(count) * pixel),
@@ -853,21 +853,21 @@ class _Planner:
 
 
 def _packed_convolution(module: Int8Conv, kernel: Sequence[int], in_rows: bool) -> tuple[Any, ...]:
-    """Weights, number of groups, groups joined into one, bytes at each place, bias and scale of a convolution."""
+    """Weights, number of groups, output channels of one, bytes at each place, bias and scale of a convolution."""
     weight = module.weight.flatten(2)  # (out, in of a group, places)
-    groups, joined = 1, 1
+    groups, group = 1, module.out_channels
     if in_rows:
         window = module.weight.view(*module.weight.shape[:2], *kernel)
         rows = window.permute(0, 2, 3, 1).flatten(2)  # (out, rows of the window, columns x channels)
         packed, run = packing.convolution(rows[None]), rows.shape[2]
     else:
         dense, joined = packing.merged_groups(weight, module.groups)
-        groups, run = module.groups // joined, dense.shape[2]
+        groups, group, run = dense.shape[0], joined * (module.out_channels // module.groups), dense.shape[2]
         packed = packing.convolution(dense.transpose(2, 3))
     bias = module._bias_with_zero_point()
     bias = torch.zeros(module.out_channels) if bias is None else bias
     scale = module.weight_scale.double() * module.input.scale
-    return packed, groups, joined, run, packing.vectors(bias, groups), packing.vectors(scale, groups)
+    return packed, groups, group, run, packing.vectors(bias, group), packing.vectors(scale, group)
 
 
 def _flat_geometry(module: Int8Conv) -> tuple[list[int], ...]:
