@@ -33,7 +33,7 @@ from fxcompress.graph.batches import read_batches, read_pairs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice, check_fraction, data_field
-from fxcompress.train.loop import find_loss
+from fxcompress.train.losses import find_loss
 
 SCOPES = ("global", "layer")
 

@@ -99,6 +99,8 @@ class PassManager:
         context = context or PassContext(inputs)
         if self.progress is not None:
             context.progress = self.progress
+        if context.reference is None and graph_info(graph_module).stage is Stage.FLOAT:
+            context.reference = graph_module  # the passes work on a copy
         current = copy.deepcopy(graph_module)
         titles = [_title(index, passes) for index in range(len(passes))]
         if regions(current):
