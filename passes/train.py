@@ -20,6 +20,7 @@ from fxcompress.train.evaluation import (
     HIGHER_IS_BETTER,
     LOSS,
     Evaluation,
+    Metric,
     check_metric,
     find_metric,
     of_function,
@@ -27,7 +28,7 @@ from fxcompress.train.evaluation import (
 )
 from fxcompress.train.loop import PRECISIONS, History, Recipe, Trainer
 from fxcompress.train.losses import find_loss, is_of_classes
-from fxcompress.train.objectives import Objective, OwnStep, Supervised, output_of
+from fxcompress.train.objectives import Objective, OwnStep, Supervised, output_of, pick
 from fxcompress.train.optimisers import check_optimiser, check_schedule, make_optimiser, make_schedule
 
 
@@ -53,6 +54,7 @@ class TrainingOptions(Pass):
     patience: int | None = None
     checkpoint: str | None = None
     checkpoint_every: int | None = None
+    output: int | str | None = None
     validation: Any = data_field()
     loss_function: Callable[[Any, Any], torch.Tensor] | None = data_field()
     metric_function: Callable[[Any, Any], Any] | None = data_field()
@@ -147,9 +149,9 @@ class TrainingOptions(Pass):
         if self.checkpoint is None:
             return None
         path = Path(self.checkpoint) / f"{context.run_name(self.name)}.checkpoint"
-        return CheckpointFile(path, fingerprint(graph_module, self._text(), feed.length()))
+        return CheckpointFile(path, fingerprint(graph_module, self._text(context), feed.length()))
 
-    def _text(self) -> str:
+    def _text(self, context: PassContext) -> str:
         """The pass as text, without the folder of its checkpoints, and with the names of functions."""
         options = ("loss_function", "metric_function", "evaluate", "optimiser_factory", "schedule_factory")
         given = {option: getattr(self, option) for option in options if getattr(self, option) is not None}
@@ -177,7 +179,10 @@ class TrainingOptions(Pass):
             return Evaluation(name, self.higher_is_better, over_batches(feed, _output(metric)))
         text = self.metric or "accuracy"
         better = text.partition("(")[0].strip() in HIGHER_IS_BETTER
-        return Evaluation(text, better, over_batches(feed, _output(find_metric(text))))
+        return Evaluation(text, better, over_batches(feed, self._picked(find_metric(text))))
+
+    def _picked(self, metric: Metric) -> Callable[..., tuple[torch.Tensor, int]]:
+        return _output(lambda output, target: metric(pick(output, self.output), target))
 
     def _reader(self, context: PassContext) -> Reader:
         return pairs(context.example_inputs, "training")
@@ -239,6 +244,8 @@ class Train(TrainingOptions):
         patience: stop after so many epochs without a better value.
         checkpoint: a folder for checkpoints, one after every epoch.
         checkpoint_every: also one after every so many steps.
+        output: key or position of the output that losses and metrics by name look at, where the model returns several;
+            None: the first tensor. Functions get all of it.
         validation: batches of (input, target) that are not trained on; or `fxc.compile(validation=...)`.
         loss_function: loss(output, target) -> scalar tensor, the mean over the samples, instead of a name.
         metric_function: metric(output, target) -> number, the mean over the samples of a batch.
@@ -260,7 +267,8 @@ class Train(TrainingOptions):
         if self.step is not None:
             objective = OwnStep(self.step)
         else:
-            objective = Supervised(find_loss(self.loss_function or self.loss))
+            loss = find_loss(self.loss_function or self.loss)
+            objective = Supervised(loss, self.loss_function is None, self.output)
         return self.fit(graph_module, context, data, self._reader(context), objective)
 
     def _reader(self, context: PassContext) -> Reader:
@@ -284,5 +292,5 @@ def _loss_of(objective: Objective) -> Callable[[nn.Module, Batch], tuple[torch.T
     return lambda module, batch: (objective(module, batch).double() * batch.here, batch.here)
 
 
-def _output(metric: Callable[[Any, Any], tuple[torch.Tensor, int]]) -> Callable[..., tuple[torch.Tensor, int]]:
+def _output(metric: Metric) -> Callable[..., tuple[torch.Tensor, int]]:
     return lambda module, batch: metric(output_of(module, batch), batch.target)

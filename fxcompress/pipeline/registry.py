@@ -28,6 +28,7 @@ BUILT_IN: dict[str, str] = {
     "lower": "lower:Lower",
     "quantize": "quantize:Quantize",
     "train": "train:Train",
+    "distill": "distill:Distill",
 }
 
 _REGISTERED: dict[str, type[Pass]] = {}

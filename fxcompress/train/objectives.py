@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fxcompress.errors import InputError
+from fxcompress.errors import InputError, OptionError
 from fxcompress.train.data import Batch
 from fxcompress.train.losses import Loss
 
@@ -34,16 +34,46 @@ class Supervised:
 
     Args:
         loss: loss(output, target) -> scalar tensor.
+        by_name: whether it is one of the project's, which look at one tensor: `output` says which (see `pick`).
     """
 
     helper: nn.Module | None = None
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self, loss: Loss, by_name: bool = False, output: int | str | None = None) -> None:
+        self.loss, self.by_name, self.output = loss, by_name, output
 
     def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Run the model and compare its output with the target."""
-        return require_scalar(self.loss(output_of(module, batch), batch.target))
+        output = output_of(module, batch)
+        return require_scalar(self.loss(pick(output, self.output) if self.by_name else output, batch.target))
+
+
+def pick(output: Any, wanted: int | str | None) -> torch.Tensor:
+    """Return the tensor of an output that losses and metrics by name look at.
+
+    Args:
+        output: a tensor, or several in a tuple or dict.
+        wanted: which of them; None for the first tensor.
+
+    Raises:
+        OptionError: there is none at that place.
+        InputError: there is no tensor at all.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if wanted is None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+        if first is None:
+            raise InputError(f"an output of type {type(output).__name__} holds no tensor")
+        return first
+    try:
+        found = output[wanted]
+    except (KeyError, IndexError, TypeError):
+        parts = ", ".join(map(repr, output)) if isinstance(output, dict) else f"{len(output)} parts"
+        raise OptionError(f"output={wanted!r} is not in the output of the model, which has {parts}") from None
+    if not isinstance(found, torch.Tensor):
+        raise OptionError(f"output={wanted!r} of the model is a {type(found).__name__}, not a tensor")
+    return found
 
 
 class OwnStep:

@@ -38,7 +38,7 @@ FLOAT_PASSES: dict[str, fxc.Pass] = {
 }
 LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "quantize"}
 #: A second run of these does something by design: it prunes what is left, or trains on.
-REPEATABLE_BY_DESIGN = {"prune-channels", "train"}
+REPEATABLE_BY_DESIGN = {"prune-channels", "train", "distill"}
 
 
 def _largest(model: Program) -> float:

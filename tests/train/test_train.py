@@ -183,6 +183,18 @@ def test_masks_hold_in_every_optimiser(optimiser: str) -> None:
         assert (trained.get_parameter(path)[mask] != masked.get_parameter(path)[mask]).all()
 
 
+def test_masks_hold_where_the_optimiser_adds_noise() -> None:
+    class Langevin(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+
+    trained = train(linear_net(), None, P.MaskWeights(0.6), optimiser_factory=lambda p: Langevin(p, 0.01))
+    for path, mask in graph_info(trained).masks.items():
+        assert not trained.get_parameter(path)[~mask].any()
+
+
 def test_masked_weights_do_not_count_in_the_norm_that_is_clipped() -> None:
     """A step along gradients clipped to a norm is as long as that norm, although most weights cannot move."""
     options = {"optimiser": "sgd(momentum=0.0)", "learning_rate": 1.0, "steps": 1, "clip": 0.01}
