@@ -30,13 +30,17 @@ _alone = False
 
 
 def count() -> int:
-    """Return the number of processes; 1 without a launcher."""
-    return dist.get_world_size() if _is_started() else 1
+    """Return the number of processes; 1 without a launcher. This asks nobody, and waits for nobody."""
+    if _alone or not dist.is_available():
+        return 1
+    return dist.get_world_size() if dist.is_initialized() else _from_launcher()[1]
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
-    return dist.get_rank() if _is_started() else 0
+    """Return the number of this process, from 0. This asks nobody, and waits for nobody."""
+    if count() == 1:
+        return 0
+    return dist.get_rank() if dist.is_initialized() else _from_launcher()[0]
 
 
 def is_main() -> bool:
@@ -60,7 +64,7 @@ def gather(value: T, what: str = "gathering values") -> list[T]:
 
     Args:
         value: anything that can be pickled; tensors on the CPU.
-        what: for the message, should a process be gone.
+        what: what this is for, in a message, should a process be gone.
 
     Raises:
         ProcessError: a process has ended or cannot be reached.
@@ -76,25 +80,31 @@ def gather(value: T, what: str = "gathering values") -> list[T]:
 def from_main(make: Callable[[], T], what: str = "waiting for the first process") -> T:
     """Return what `make()` returns in the first process; the others do not call it.
 
+    Args:
+        make: returns anything that can be pickled; tensors on the CPU.
+        what: for the message, should a process be gone.
+
     Raises:
         ProcessError: a process has ended or cannot be reached, or `make` failed in the first one.
     """
     if count() == 1:
         return make()
-    if not is_main():
-        nothing: tuple[Any, str | None] = (None, None)
-        value, failure = gather(nothing, what)[0]
-        if failure is not None:
-            raise ProcessError(f"{what}: the first process failed: {failure}")
-        found: T = value
-        return found
-    try:
-        made = make()
-    except Exception as error:
-        gather((None, f"{type(error).__name__}: {error}"), what)
-        raise
-    gather((made, None), what)
-    return made
+    made: list[Any] = [None, None]  # the value, or why there is none
+    failure: Exception | None = None
+    if is_main():
+        try:
+            made[0] = make()
+        except Exception as error:
+            failure = error
+            made[1] = f"{type(error).__name__}: {error}"
+    with _talking(what):
+        dist.broadcast_object_list(made, src=0)
+    if failure is not None:
+        raise failure
+    if made[1] is not None:
+        raise ProcessError(f"{what}: the first process failed: {made[1]}")
+    value: T = made[0]
+    return value
 
 
 def add_up(tensors: Sequence[torch.Tensor], what: str = "adding up gradients") -> None:
@@ -116,6 +126,20 @@ def add_up(tensors: Sequence[torch.Tensor], what: str = "adding up gradients") -
             tensor.detach().copy_(part.view_as(tensor))
 
 
+def copy_from_main(tensors: Sequence[torch.Tensor], what: str = "copying tensors") -> None:
+    """Give each tensor the values that it has in the first process, in place.
+
+    Raises:
+        ProcessError: a process has ended or cannot be reached.
+    """
+    if count() == 1:
+        return
+    values = from_main(lambda: [tensor.detach().cpu() for tensor in tensors], what)
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+
 def shared(items: Iterable[T]) -> Iterator[T]:
     """Yield the items of this process: every n-th of them, where there are n processes."""
     for index, item in enumerate(items):
@@ -129,30 +153,30 @@ def require_same(value: object, what: str) -> None:
     Raises:
         ProcessError: they differ.
     """
-    values = gather(value, f"comparing {what}")
+    values = gather(value, f"comparing the {what}")
     strangers = [index for index, other in enumerate(values) if other != values[0]]
     if strangers:
         raise ProcessError(
-            f"{what} differs between process 0 and process {strangers[0]} of {count()}; let every process build the "
-            f"same: call torch.manual_seed before making a model, or load the same weights, and give the same options"
+            f"processes 0 and {strangers[0]} of {count()} do not have the same {what}: call torch.manual_seed before "
+            f"making a model, or load the same weights, and give the same passes"
         )
 
 
-def _is_started() -> bool:
-    """Whether this process is one of several, whose group is started here if nobody has."""
-    if _alone or not dist.is_available():
-        return False
+def _from_launcher() -> tuple[int, int]:
+    """The number of this process, and how many there are, as the launcher says."""
+    number, total = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return (int(number), int(total)) if number.isdigit() and total.isdigit() and int(total) > 1 else (0, 1)
+
+
+def _start() -> None:
+    """Start the group of processes, if nobody has."""
     if dist.is_initialized():
-        return True
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-        return False
+        return
     on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with _talking("starting the group of processes"):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
     atexit.register(_end)
-    return True
 
 
 def _end() -> None:
@@ -163,11 +187,12 @@ def _end() -> None:
 @contextmanager
 def _talking(what: str) -> Iterator[None]:
     try:
+        _start()
         yield
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ProcessError(
-            f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} lost the others while "
+            f"process {rank()} of {count()} lost the others while "
             f"{what}: {reason}. One of them has ended; its own error says why. Started again, training goes on "
             f"from its last checkpoint, where it was given a folder for it"
         ) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxcompress import processes
 from fxcompress.errors import MissingExtraError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ tr:last-child td { border-bottom: 0; } code { font-size: 12px; overflow-wrap: an
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Write the report as an HTML page and return its path.
+    """Write the report as an HTML page and return its path. Of several processes only the first one writes.
 
     `report.measurements` may hold "rows": a list of dicts with "name" and any of "accuracy" (0 to 1), "parameters",
     "macs", "file_bytes" and "milliseconds" (batch size -> ms), and "layers": layer -> [ms before, ms after]. They are
@@ -53,6 +54,8 @@ def write_page(report: Report, path: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         UnsupportedError: the file cannot be written.
     """
+    if not processes.is_main():
+        return path
     text = page(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.errors import InputError
 from fxcompress.graph.batches import read_batches
 from fxcompress.graph.inputs import ExampleInputs
@@ -16,6 +17,8 @@ from fxcompress.graph.metadata import Stage
 from fxcompress.graph.shapes import evaluation
 from fxcompress.passes.insert_observers import observers_of
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field, parameters_equal
+from fxcompress.quant.merging import merge_over_processes
+from fxcompress.train.data import is_shared
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Calibrate(Pass):
     """Run data through a graph with observers, in evaluation mode and without gradients.
 
     The observers forget what they have seen before, so the statistics are those of this data alone, and a second run
-    on the same data changes nothing.
+    on the same data changes nothing. Of several processes each runs a part of the batches, and all get the statistics
+    of the whole.
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`. One of:
@@ -49,20 +53,22 @@ class Calibrate(Pass):
         data = context.resource(self.calibration, "calibration", type(self).__name__)
         before = {path: _statistics(observer) for path, observer in observers.items()}
         total = len(data) if isinstance(data, Sized) and not isinstance(data, (torch.Tensor, tuple, Mapping)) else None
-        count = 0
+        count, shared = 0, is_shared(data)
         try:
             for observer in observers.values():
                 observer.reset()
                 observer.recording = True
             with evaluation(graph_module), torch.no_grad():
                 for count, batch in enumerate(read_batches(data, context.example_inputs), start=1):
-                    _run(graph_module, batch, count)
+                    if not shared or (count - 1) % processes.count() == processes.rank():
+                        _run(graph_module, batch, count)
                     context.progress("calibrate", count, total)
                     if count == self.batches:
                         break
         finally:
             for observer in observers.values():
                 observer.recording = False
+        merge_over_processes(observers)
         if count == 0:
             raise InputError("the calibration data is empty: it yields no batch")
         edits = sum(not parameters_equal(before[path], _statistics(observer)) for path, observer in observers.items())

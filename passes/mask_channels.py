@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.analysis import gradients, latency
 from fxcompress.analysis.budget import Budget, Latency, read_budget
 from fxcompress.analysis.channels import ChannelAnalysis, Floats, analyse
@@ -33,6 +34,7 @@ from fxcompress.graph.batches import read_batches, read_pairs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice, check_fraction, data_field
+from fxcompress.train.data import is_shared
 from fxcompress.train.losses import find_loss
 
 SCOPES = ("global", "layer")
@@ -203,8 +205,13 @@ class MaskChannels(ChannelOptions):
         unchanged = plan_for(0.0)
         before = dataclasses.replace(unchanged, dead=scores == -1.0)  # by an earlier run, perhaps of this very pass
         search = latency.Search(budget, plan_for, measure, context.progress)
-        outcome = search.run(before if before.dead.any() else unchanged)
-        return outcome.plan, outcome.metrics
+
+        def find() -> tuple[Any, ...]:
+            outcome = search.run(before if before.dead.any() else unchanged)
+            return outcome.plan.dead, outcome.plan.reasons, outcome.metrics
+
+        dead, reasons, metrics = processes.from_main(find, "measuring latency")
+        return dataclasses.replace(unchanged, dead=dead, reasons=reasons), metrics
 
     def _criterion(self) -> str | Function:
         return self.importance.value if isinstance(self.importance, InPython) else str(self.importance)
@@ -213,9 +220,10 @@ class MaskChannels(ChannelOptions):
         criterion, measured = self._criterion(), None
         if criterion in DATA_CRITERIA and analysis.free().any():
             measured = self._measure(str(criterion), graph_module, analysis, context)
-        return score(
+        scores = score(
             graph_module, analysis, criterion, aggregate=self.aggregate, seed=self.seed, measured=measured
         )  # fmt: skip
+        return processes.from_main(lambda: scores, "agreeing on importance")
 
     def _measure(
         self, criterion: str, graph_module: fx.GraphModule, analysis: ChannelAnalysis, context: PassContext
@@ -226,10 +234,11 @@ class MaskChannels(ChannelOptions):
         def progress(done: int) -> None:
             context.progress(f"importance by {criterion}", done, self.batches)
 
+        mine = processes.shared if is_shared(data) else iter
         if criterion == "activation":
-            inputs = itertools.islice(read_batches(data, whole.inputs), self.batches)
+            inputs = mine(itertools.islice(read_batches(data, whole.inputs), self.batches))
             return gradients.mean_activations(whole.graph_module, whole.path, graph_module, analysis, inputs, progress)
-        pairs = itertools.islice(read_pairs(data, whole.inputs), self.batches)
+        pairs = mine(itertools.islice(read_pairs(data, whole.inputs), self.batches))
         return gradients.squared_gradients(
             whole.graph_module, whole.path, pairs, find_loss(self.loss_function or self.loss),
             by_sample=criterion == "hessian", progress=progress,

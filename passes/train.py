@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from fxcompress import processes
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph.metadata import Stage
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice, data_field
@@ -112,6 +114,7 @@ class TrainingOptions(Pass):
             return PassResult(graph_module, modified=False)
         device = _device_of(graph_module)
         _check_precision(self.precision, device)
+        _require_own_device(device)
         if isinstance(data, Iterator) and (recipe.epochs or 2) > 1:
             raise InputError(
                 f"{self._title}: the training data is an iterator, which can be used for one epoch only; give a list "
@@ -286,6 +289,18 @@ def _device_of(graph_module: fx.GraphModule) -> torch.device:
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision == "fp16" and device.type != "cuda":
         raise OptionError(f"precision='fp16' needs a model on CUDA, this one is on {device}; take 'bf16' or 'fp32'")
+
+
+def _require_own_device(device: torch.device) -> None:
+    """Several processes with one GPU would wait for each other forever."""
+    if processes.count() == 1 or device.type != "cuda":
+        return
+    places = processes.gather((socket.gethostname(), device.index), "comparing devices")
+    if len(set(places)) < len(places):
+        raise InputError(
+            f"several processes have their model on one GPU (this one on {device}): move it before compiling, "
+            f"model.to(f\"cuda:{{os.environ['LOCAL_RANK']}}\"), and the example inputs as well"
+        )
 
 
 def _loss_of(objective: Objective) -> Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]:

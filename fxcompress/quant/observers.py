@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fxcompress.errors import InputError, OptionError, did_you_mean
+from fxcompress.errors import InputError, OptionError, UnsupportedError, did_you_mean
 from fxcompress.quant.arithmetic import affine_parameters, coarsened
 from fxcompress.quant.spec import ACTIVATION, VALUE_SIGNIFICANDS, WEIGHT_SIGNIFICANDS, QuantSpec
 
@@ -43,6 +43,17 @@ class Observer(nn.Module):
     def record(self, x: torch.Tensor) -> None:
         """Add a tensor of any shape, without gradients, to the statistics."""
         raise NotImplementedError
+
+    def merge(self, other: Any) -> None:
+        """Add what another observer of this class has recorded, as if this one had seen it.
+
+        Raises:
+            UnsupportedError: observers of this class cannot do that.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} cannot be merged with the observers of other processes: define merge(other), or "
+            f"choose 'histogram', 'percentile' or 'minmax'"
+        )
 
     def reset(self) -> None:
         """Forget everything recorded."""
@@ -89,6 +100,12 @@ class MinMax(Observer):
         self.minimum.copy_(torch.minimum(self.minimum, low))
         self.maximum.copy_(torch.maximum(self.maximum, high))
 
+    def merge(self, other: MinMax) -> None:
+        """Widen the range to hold what another observer has seen."""
+        self.minimum.copy_(torch.minimum(self.minimum, other.minimum))
+        self.maximum.copy_(torch.maximum(self.maximum, other.maximum))
+        self.count += other.count
+
     def reset(self) -> None:
         """Forget everything recorded."""
         super().reset()
@@ -124,6 +141,14 @@ class MovingAverageMinMax(MinMax):
         self.minimum.lerp_(low, self.momentum)
         self.maximum.lerp_(high, self.momentum)
 
+    def merge(self, other: MinMax) -> None:
+        """Take the mean of the two ranges, weighted by how many numbers each has seen: their order is not known."""
+        if other.count:
+            share = other.count / (self.count + other.count) if self.count else torch.ones(())
+            self.minimum.copy_(self.minimum.lerp(other.minimum, share) if self.count else other.minimum)
+            self.maximum.copy_(self.maximum.lerp(other.maximum, share) if self.count else other.maximum)
+            self.count += other.count
+
 
 class PerChannelMinMax(Observer):
     """Covers everything seen, for each index of one axis separately. The default of weights."""
@@ -145,6 +170,15 @@ class PerChannelMinMax(Observer):
         if self.minimum.numel():
             low, high = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         self.minimum, self.maximum = low, high
+
+    def merge(self, other: PerChannelMinMax) -> None:
+        """Widen the range of each channel to hold what another observer has seen."""
+        if self.minimum.numel() and other.minimum.numel():
+            self.minimum = torch.minimum(self.minimum, other.minimum)
+            self.maximum = torch.maximum(self.maximum, other.maximum)
+        elif other.minimum.numel():
+            self.minimum, self.maximum = other.minimum.clone(), other.maximum.clone()
+        self.count += other.count
 
     def reset(self) -> None:
         """Forget everything recorded."""
@@ -354,6 +388,11 @@ class ChannelMean(nn.Module):
         self.total.zero_()
         self.count.zero_()
 
+    def merge(self, other: ChannelMean) -> None:
+        """Add what another one has recorded."""
+        self.total += other.total
+        self.count += other.count
+
     def mean(self) -> torch.Tensor | None:
         """Return the mean of each channel (float64), or None if nothing has been recorded."""
         return self.total / self.count if self.count else None
@@ -400,6 +439,24 @@ class ExternalObserver(nn.Module):
             module_path, _, attribute = name.rpartition(".")
             owner = self.observer.get_submodule(module_path)
             owner._buffers[attribute] = tensor.clone()
+
+    def merge(self, other: ExternalObserver) -> None:
+        """Widen the range of an observer of smallest and largest numbers to hold what another has seen.
+
+        Raises:
+            UnsupportedError: it keeps something else.
+        """
+        found = {name: (tensor, other.observer.get_buffer(name)) for name, tensor in self.observer.named_buffers()}
+        if not {"min_val", "max_val"} <= found.keys() or "Histogram" in type(self.observer).__name__:
+            raise UnsupportedError(
+                f"{type(self.observer).__name__} cannot be merged with the observers of other processes; choose one of "
+                f"fxcompress ('histogram', 'percentile', 'minmax')"
+            )
+        if other.count:
+            for name, widest in (("min_val", torch.minimum), ("max_val", torch.maximum)):
+                own, others = found[name]
+                self.observer._buffers[name] = widest(own, others) if self.count else others.clone()
+            self.count += other.count
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale (float32) and zero point (int32), as the observer proposes them.

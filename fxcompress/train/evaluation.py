@@ -98,7 +98,8 @@ class Evaluation:
     def value(self, module: nn.Module) -> float:
         """Measure a module, in evaluation mode, without gradients and without a trace in random numbers or modes."""
         with preserved(cuda=torch.cuda.is_initialized()), evaluation(module), torch.no_grad():
-            return self.measure(module)
+            value = self.measure(module)
+        return processes.from_main(lambda: value, "evaluating")
 
 
 def over_batches(feed: Feed, measure: Callable[[nn.Module, Batch], tuple[torch.Tensor, int]]) -> Callable[..., float]:

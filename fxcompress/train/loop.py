@@ -410,16 +410,19 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def agree_on_statistics(module: nn.Module) -> None:
-    """Average the floating-point buffers of a module over all processes, such as the statistics of batch norms.
+    """Give all processes the same buffers: averages of batch norms' statistics, and the first process's other ones.
 
     Raises:
-        ProcessError: the processes have buffers of different shapes.
+        ProcessError: a process has ended.
     """
     if processes.count() == 1:
         return
-    buffers = [buffer for buffer in module.buffers() if buffer.dtype.is_floating_point and buffer.numel()]
-    processes.require_same([tuple(buffer.shape) for buffer in buffers], "the shapes of the model's buffers")
+    averaged: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for name, buffer in module.named_buffers():
+        (averaged if name.endswith(("running_mean", "running_var")) else others).append(buffer)
     with torch.no_grad():
-        for buffer in buffers:
+        for buffer in averaged:
             buffer.div_(processes.count())
-    processes.add_up(buffers, "averaging statistics")
+    processes.add_up(averaged, "averaging statistics")
+    processes.copy_from_main(others, "agreeing on statistics")
