@@ -17,7 +17,7 @@ from fxcompress.graph.metadata import Stage
 from fxcompress.graph.shapes import evaluation
 from fxcompress.passes.insert_observers import observers_of
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field, parameters_equal
-from fxcompress.quant.merging import merge_over_processes
+from fxcompress.quant.merging import can_merge, merge_over_processes
 from fxcompress.train.data import is_shared
 
 
@@ -27,7 +27,8 @@ class Calibrate(Pass):
 
     The observers forget what they have seen before, so the statistics are those of this data alone, and a second run
     on the same data changes nothing. Of several processes each runs a part of the batches, and all get the statistics
-    of the whole.
+    of the whole; or each runs all of them, where statistics depend on the order ("moving-average") or come from
+    observers from elsewhere.
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`. One of:
@@ -53,7 +54,8 @@ class Calibrate(Pass):
         data = context.resource(self.calibration, "calibration", type(self).__name__)
         before = {path: _statistics(observer) for path, observer in observers.items()}
         total = len(data) if isinstance(data, Sized) and not isinstance(data, (torch.Tensor, tuple, Mapping)) else None
-        count, shared = 0, is_shared(data)
+        count = 0
+        shared = is_shared(data) and can_merge(observers)
         try:
             for observer in observers.values():
                 observer.reset()
@@ -68,7 +70,8 @@ class Calibrate(Pass):
         finally:
             for observer in observers.values():
                 observer.recording = False
-        merge_over_processes(observers)
+        if shared:
+            merge_over_processes(observers)
         if count == 0:
             raise InputError("the calibration data is empty: it yields no batch")
         edits = sum(not parameters_equal(before[path], _statistics(observer)) for path, observer in observers.items())

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fxcompress.errors import InputError, OptionError, UnsupportedError, did_you_mean
+from fxcompress.errors import InputError, OptionError, did_you_mean
 from fxcompress.quant.arithmetic import affine_parameters, coarsened
 from fxcompress.quant.spec import ACTIVATION, VALUE_SIGNIFICANDS, WEIGHT_SIGNIFICANDS, QuantSpec
 
@@ -25,6 +25,7 @@ class Observer(nn.Module):
         spec: the format that the proposed scale and zero point are for.
     """
 
+    merges: ClassVar[bool] = False  #: whether two observers of the class can be merged, exactly and in any order
     count: torch.Tensor
 
     def __init__(self, spec: QuantSpec = ACTIVATION) -> None:
@@ -45,15 +46,8 @@ class Observer(nn.Module):
         raise NotImplementedError
 
     def merge(self, other: Any) -> None:
-        """Add what another observer of this class has recorded, as if this one had seen it.
-
-        Raises:
-            UnsupportedError: observers of this class cannot do that.
-        """
-        raise UnsupportedError(
-            f"{type(self).__name__} cannot be merged with the observers of other processes: define merge(other), or "
-            f"choose 'histogram', 'percentile' or 'minmax'"
-        )
+        """Add what another observer of this class has recorded, as if this one had seen it, where `merges` is True."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget everything recorded."""
@@ -86,6 +80,7 @@ class Observer(nn.Module):
 class MinMax(Observer):
     """Covers everything it has seen."""
 
+    merges: ClassVar[bool] = True
     minimum: torch.Tensor
     maximum: torch.Tensor
 
@@ -125,6 +120,8 @@ class MovingAverageMinMax(MinMax):
         momentum: the weight of the newest batch, between 0 and 1.
     """
 
+    merges: ClassVar[bool] = False
+
     def __init__(self, spec: QuantSpec = ACTIVATION, momentum: float = 0.01) -> None:
         if not 0 < momentum <= 1:
             raise OptionError(f"MovingAverageMinMax: momentum must be above 0 and at most 1, not {momentum}")
@@ -141,18 +138,11 @@ class MovingAverageMinMax(MinMax):
         self.minimum.lerp_(low, self.momentum)
         self.maximum.lerp_(high, self.momentum)
 
-    def merge(self, other: MinMax) -> None:
-        """Take the mean of the two ranges, weighted by how many numbers each has seen: their order is not known."""
-        if other.count:
-            share = other.count / (self.count + other.count) if self.count else torch.ones(())
-            self.minimum.copy_(self.minimum.lerp(other.minimum, share) if self.count else other.minimum)
-            self.maximum.copy_(self.maximum.lerp(other.maximum, share) if self.count else other.maximum)
-            self.count += other.count
-
 
 class PerChannelMinMax(Observer):
     """Covers everything seen, for each index of one axis separately. The default of weights."""
 
+    merges: ClassVar[bool] = True
     minimum: torch.Tensor
     maximum: torch.Tensor
 
@@ -207,6 +197,7 @@ class Histogram(Observer):
     error minimisation); the search is this project's own.
     """
 
+    merges: ClassVar[bool] = True
     BINS: ClassVar[int] = 4096
     counts: torch.Tensor
     exponent: torch.Tensor
@@ -365,6 +356,7 @@ class ChannelMean(nn.Module):
         axis: where they lie, counted from the end: -3 for a convolution of images, -1 for a linear layer.
     """
 
+    merges: ClassVar[bool] = True
     total: torch.Tensor
     count: torch.Tensor
 
@@ -413,6 +405,7 @@ class ExternalObserver(nn.Module):
         OptionError: the protocol or the attributes are not there.
     """
 
+    merges: ClassVar[bool] = False
     count: torch.Tensor
 
     def __init__(self, observer: nn.Module) -> None:
@@ -439,24 +432,6 @@ class ExternalObserver(nn.Module):
             module_path, _, attribute = name.rpartition(".")
             owner = self.observer.get_submodule(module_path)
             owner._buffers[attribute] = tensor.clone()
-
-    def merge(self, other: ExternalObserver) -> None:
-        """Widen the range of an observer of smallest and largest numbers to hold what another has seen.
-
-        Raises:
-            UnsupportedError: it keeps something else.
-        """
-        found = {name: (tensor, other.observer.get_buffer(name)) for name, tensor in self.observer.named_buffers()}
-        if not {"min_val", "max_val"} <= found.keys() or "Histogram" in type(self.observer).__name__:
-            raise UnsupportedError(
-                f"{type(self.observer).__name__} cannot be merged with the observers of other processes; choose one of "
-                f"fxcompress ('histogram', 'percentile', 'minmax')"
-            )
-        if other.count:
-            for name, widest in (("min_val", torch.minimum), ("max_val", torch.maximum)):
-                own, others = found[name]
-                self.observer._buffers[name] = widest(own, others) if self.count else others.clone()
-            self.count += other.count
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale (float32) and zero point (int32), as the observer proposes them.
