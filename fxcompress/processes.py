@@ -26,6 +26,11 @@ T = TypeVar("T")
 #: How long a process waits for the others.
 TIMEOUT = datetime.timedelta(minutes=30)
 
+#: Where launchers say which process this is, and how many there are: torchrun, and MPI behind `accelerate launch`.
+_VARIABLES = (
+    ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
+)  # fmt: skip
+
 _alone = False
 
 
@@ -164,8 +169,11 @@ def require_same(value: object, what: str) -> None:
 
 def _from_launcher() -> tuple[int, int]:
     """The number of this process, and how many there are, as the launcher says."""
-    number, total = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    return (int(number), int(total)) if number.isdigit() and total.isdigit() and int(total) > 1 else (0, 1)
+    for number_name, total_name in _VARIABLES:
+        number, total = os.environ.get(number_name, ""), os.environ.get(total_name, "")
+        if number.isdigit() and total.isdigit() and int(total) > 1 and "MASTER_ADDR" in os.environ:
+            return int(number), int(total)
+    return 0, 1
 
 
 def _start() -> None:
@@ -175,7 +183,9 @@ def _start() -> None:
     on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    number, total = _from_launcher()
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, rank=number, world_size=total)
     atexit.register(_end)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 import fxcompress as fxc
 from fxcompress import passes as P
@@ -91,9 +92,18 @@ def training(folder: str, victim: int = -1, at: int = 0) -> dict[str, Any]:
     return {**found, "batches": batches}
 
 
+def sampled() -> dict[str, Any]:
+    """Return the weights of a training whose data the user shares among the processes."""
+    data, count = dataset(), processes.count()
+    sampler: DistributedSampler[Any] = DistributedSampler(data, count, processes.rank(), shuffle=False, drop_last=True)
+    loader = DataLoader(data, batch_size=8 // count, sampler=sampler, drop_last=True)
+    trained = fxc.compile(model(False), [P.Train(loader, epochs=2, optimiser="sgd")], data.tensors[0][:2])
+    return {"sampled": [tensor.tolist() for tensor in trained.state_dict().values()]}
+
+
 def main(folder: str, what: str, victim: int, at: int) -> None:
     torch.set_num_threads(1)
-    found = training(folder, victim, at) | (decisions() if what == "all" else {})
+    found = training(folder, victim, at) | (decisions() | sampled() if what == "all" else {})
     Path(f"{folder}/rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

@@ -24,7 +24,7 @@ from fxcompress.quant.merging import can_merge
 from fxcompress.quant.observers import ChannelMean, ExternalObserver, Histogram, MovingAverageMinMax, make_observer
 from fxcompress.quant.spec import ACTIVATION, WEIGHT
 from fxcompress.train.data import Feed, pairs
-from tests.train.parallel_program import decisions, training
+from tests.train.parallel_program import decisions, sampled, training
 from tests.train.test_train import BATCHES, X
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixtures of this file are made once
@@ -53,7 +53,7 @@ def launch(folder: Path, what: str = "all", victim: int = -1, at: int = 0) -> li
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return training(str(tmp_path_factory.mktemp("one"))) | decisions()
+    return training(str(tmp_path_factory.mktemp("one"))) | decisions() | sampled()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,13 @@ def test_training_is_that_of_one_process_up_to_rounding(one: dict[str, Any], two
     assert one["plain"]["metrics"]["loss"][-1] < one["plain"]["metrics"]["loss"][0]
 
 
+def test_data_that_is_shared_already_is_not_shared_again(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """Two processes with batches of 4 of a DistributedSampler, against one with batches of 8."""
+    assert two[0]["sampled"] == two[1]["sampled"]
+    for mine, theirs in zip(one["sampled"], two[0]["sampled"], strict=True):
+        torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-3, atol=1e-5)
+
+
 def test_statistics_of_batch_norms_are_near(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     losses = [found["norm"]["metrics"]["loss"] for found in (one, two[0])]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
@@ -118,6 +125,7 @@ def test_the_death_of_a_process_is_told_and_training_goes_on_exactly(tmp_path: P
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
 
 def test_the_launcher_says_who_is_who(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,6 +144,8 @@ def test_the_launcher_says_who_is_who(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert processes.gather(5) == [5]
     assert (tmp_path / "model.fxc").exists()
     assert processes.count() == 3
+    monkeypatch.delenv("MASTER_ADDR")
+    assert processes.count() == 1, "numbers alone are no group"
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
