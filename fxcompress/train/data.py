@@ -15,7 +15,7 @@ from fxcompress import processes
 from fxcompress.errors import CheckpointError, InputError
 from fxcompress.graph.batches import read_batches, read_pairs
 from fxcompress.graph.inputs import ExampleInputs
-from fxcompress.train.random_state import RandomStream, generator_state, generators_of, set_generator_state
+from fxcompress.train.random_state import RandomStream, generator_state, generators_of, plain, set_generator_state
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Feed:
             if callable(getattr(holder, "set_epoch", None)):
                 holder.set_epoch(epoch)  # type: ignore[union-attr]
         self.at_start = {
-            "stream": self.stream.state,
+            "stream": plain(self.stream.state),
             "generators": [generator_state(generator) for generator in generators_of(self.data)],
             "own": self.data.state_dict() if hasattr(self.data, "load_state_dict") else None,
         }

@@ -369,7 +369,8 @@ class Trainer:
             return
         self._require_finite_weights()
         agree_on_statistics(self.module)
-        streams = processes.gather(random_state.capture(self.device.type == "cuda"), "writing a checkpoint")
+        own = random_state.plain(random_state.capture(self.device.type == "cuda"))
+        streams = processes.gather(own, "writing a checkpoint")
         helper = self.objective.helper
         self.checkpoint.write(
             {

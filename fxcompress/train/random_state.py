@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-#: States of the generators of torch, numpy and Python, made of tensors, numbers and tuples.
+#: States of the generators of torch, numpy and Python.
 RandomState = dict[str, Any]
 
 
@@ -26,7 +26,7 @@ def capture(cuda: bool = False) -> RandomState:
     """
     state: RandomState = {
         "torch": torch.get_rng_state(),
-        "numpy": _plain(numpy.random.get_state(legacy=False)),
+        "numpy": numpy.random.get_state(legacy=False),
         "python": random.getstate(),
     }
     if cuda:
@@ -43,10 +43,10 @@ def restore(state: RandomState) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _plain(value: Any) -> Any:
-    """Numpy's arrays and numbers as Python's own."""
+def plain(value: Any) -> Any:
+    """Return a state for a file: of tensors, numbers and tuples, without numpy's arrays."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic)) else value
 
 
@@ -108,9 +108,9 @@ def generator_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, numpy.random.Generator):
-        return _plain(generator.bit_generator.state)
+        return plain(generator.bit_generator.state)
     if isinstance(generator, numpy.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
+        return plain(generator.get_state(legacy=False))
     return generator.getstate()
 
 
