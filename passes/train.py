@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 
 from fxcompress import processes
-from fxcompress.errors import InputError, OptionError
+from fxcompress.errors import InputError, OptionError, UnsupportedError
 from fxcompress.graph.metadata import Stage
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice, data_field
-from fxcompress.train.checkpoint import CheckpointFile, fingerprint
+from fxcompress.train.checkpoint import CheckpointFile, fingerprint, load_tensors, tensors_of
 from fxcompress.train.data import Batch, Feed, Reader, anything, pairs
 from fxcompress.train.evaluation import (
     HIGHER_IS_BETTER,
@@ -32,6 +32,7 @@ from fxcompress.train.loop import PRECISIONS, History, Recipe, Trainer
 from fxcompress.train.losses import find_loss, is_of_classes
 from fxcompress.train.objectives import Objective, OwnStep, Supervised, output_of, pick
 from fxcompress.train.optimisers import check_optimiser, check_schedule, make_optimiser, make_schedule
+from fxcompress.train.sharding import is_wanted, sharded_copy
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TrainingOptions(Pass):
     checkpoint: str | None = None
     checkpoint_every: int | None = None
     output: int | str | None = None
+    shard: bool = False
     validation: Any = data_field()
     loss_function: Callable[[Any, Any], torch.Tensor] | None = data_field()
     metric_function: Callable[[Any, Any], Any] | None = data_field()
@@ -121,15 +123,32 @@ class TrainingOptions(Pass):
                 f"or a DataLoader"
             )
         feed = Feed(data, reader, device, self.seed)
-        optimiser = self._optimiser(graph_module, objective.helper)
-        steps = recipe.planned_steps(feed.length())
+        checkpoint = self._checkpoint(graph_module, context, feed)
+        trained = graph_module
+        if is_wanted(self.shard):
+            trained = self._split(graph_module, objective, device)
+        optimiser = self._optimiser(trained, objective.helper)
         trainer = Trainer(
-            graph_module, feed, objective, optimiser, self._schedule(optimiser, steps), recipe, model=context.model,
-            evaluation=self._evaluation(context, objective, device),
-            checkpoint=self._checkpoint(graph_module, context, feed), progress=context.progress,
+            trained, feed, objective, optimiser, self._schedule(optimiser, recipe.planned_steps(feed.length())), recipe,
+            model=context.model, evaluation=self._evaluation(context, objective, device), checkpoint=checkpoint,
+            progress=context.progress,
         )  # fmt: skip
-        history = trainer.run()
+        try:
+            history = trainer.run()
+            if trained is not graph_module:
+                trainer.kept = tensors_of(trained)
+        finally:
+            if trained is not graph_module and trainer.kept:
+                load_tensors(graph_module, trainer.kept)
         return PassResult(graph_module, True, trainer.position.step, *self._told(history, trainer))
+
+    def _split(self, graph_module: fx.GraphModule, objective: Objective, device: torch.device) -> fx.GraphModule:
+        if objective.looks_inside:
+            raise UnsupportedError(
+                f"{self._title}: features and attention cannot be compared while weights are split over processes; "
+                f"leave shard and --use_fsdp out"
+            )
+        return sharded_copy(graph_module, device)
 
     def _optimiser(self, graph_module: fx.GraphModule, helper: nn.Module | None) -> torch.optim.Optimizer:
         trainable = [parameter for parameter in graph_module.parameters() if parameter.requires_grad]
@@ -249,6 +268,8 @@ class Train(TrainingOptions):
         checkpoint_every: also one after every so many steps.
         output: key or position of the output that losses and metrics by name look at, where the model returns several;
             None: the first tensor. Functions get all of it.
+        shard: whether several processes split weights, gradients and the optimiser's state among them (FSDP) instead of
+            each having all of them; `accelerate launch --use_fsdp` asks for it as well.
         validation: batches of (input, target) that are not trained on; or `fxc.compile(validation=...)`.
         loss_function: loss(output, target) -> scalar tensor, the mean over the samples, instead of a name.
         metric_function: metric(output, target) -> number, the mean over the samples of a batch.

@@ -19,6 +19,7 @@ from fxcompress.graph import edit
 from fxcompress.graph.printer import print_graph
 from fxcompress.graph.regions import regions
 from fxcompress.train.data import digest_of
+from fxcompress.train.sharding import split_like, whole
 
 FORMAT = 1
 
@@ -127,18 +128,21 @@ def compare(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:
-    """Return a copy of a module's state dict."""
+    """Return a copy of a module's state dict, of whole tensors."""
     return {
-        name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        name: whole(value.detach()).clone() if isinstance(value, torch.Tensor) else value
         for name, value in module.state_dict().items()
     }
 
 
 def load_tensors(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load a state dict; buffers that have another shape by now get that of the state."""
+    """Load a state dict of whole tensors; buffers that have another shape by now get that of the state."""
     for name, buffer in list(module.named_buffers(remove_duplicate=False)):
         saved = state.get(name)
         if isinstance(saved, torch.Tensor) and saved.shape != buffer.shape:
             holder, attribute = edit.owner(module, name)
             holder._buffers[attribute] = buffer.new_empty(saved.shape)
-    module.load_state_dict(state)
+    current = module.state_dict()
+    module.load_state_dict(
+        {name: split_like(value, current[name]) if name in current else value for name, value in state.items()}
+    )

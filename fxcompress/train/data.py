@@ -104,6 +104,9 @@ class Feed:
         self.reader, self.device, self.what = reader, device, what
         self.stream = RandomStream(seed)
         self.is_shared = is_shared(data)
+        self.keeps_empty = (
+            False  #: whether a process without samples gets the whole batch, to run along with the others
+        )
         self.last: Any = None  #: the item of the data that was read last
         self.at_start: dict[str, Any] = {}  #: state of the data at the beginning of the epoch
 
@@ -197,6 +200,8 @@ class Feed:
         """The samples of a batch that are this process's."""
         size, count, rank = batch.size, processes.count(), processes.rank()
         first, last = size * rank // count, size * (rank + 1) // count
+        if first == last and self.keeps_empty:
+            return replace(batch, here=0)
 
         def cut(leaf: Any) -> Any:
             same = isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == size

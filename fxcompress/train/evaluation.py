@@ -115,9 +115,10 @@ def over_batches(feed: Feed, measure: Callable[[nn.Module, Batch], tuple[torch.T
         feed.start_epoch(0)
         for batch in feed.batches():
             batches += 1
-            if batch.here:
+            if batch.here or feed.keeps_empty:
                 with telling_batch(batch, feed.what):
                     value, count = measure(module, batch)
+            if batch.here:
                 total += torch.tensor([float(value), count], dtype=torch.float64)
         if not batches:
             raise InputError(f"the {feed.what} data holds no batch; give a list or a DataLoader, not an iterator")

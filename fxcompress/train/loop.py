@@ -22,6 +22,7 @@ from fxcompress.train.evaluation import Evaluation, telling_batch
 from fxcompress.train.masks import HeldMasks
 from fxcompress.train.modes import followers, frozen_modules, training
 from fxcompress.train.objectives import Objective
+from fxcompress.train.sharding import is_split, local, split_state, whole
 
 #: Steps between two looks at the losses on a device that computes ahead of Python.
 _LOOK_EVERY = 20
@@ -138,6 +139,9 @@ class Trainer:
         self.masks = HeldMasks(module)
         self.parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         self.device = feed.device
+        self.is_split = any(is_split(parameter) for parameter in self.parameters)
+        self.weight = processes.count() if self.is_split and feed.is_shared else 1  # of a loss, where means are taken
+        feed.keeps_empty = self.is_split
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.position, self.history = Position(batches=feed.length()), History()
         self.kept: dict[str, Any] = {}  # weights that are known to be good: the best ones, or those of the last epoch
@@ -257,10 +261,10 @@ class Trainer:
         size = sum(batch.size for batch in group)
         loss = torch.zeros((), device=self.device)
         for batch in group:
-            if batch.here:
+            if batch.here or self.is_split:
                 value = self._loss(batch)
                 share = value if batch.here == size else value * (batch.here / size)
-                self.scaler.scale(share).backward()
+                self.scaler.scale(share * self.weight if self.weight > 1 else share).backward()
                 loss += share.detach().float()
         self._average(loss)
         self._update()
@@ -277,16 +281,17 @@ class Trainer:
         """Add up gradients and loss over all processes; each has counted its samples as a share of all."""
         if processes.count() == 1:
             return
-        used = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)
-        for parameter in self.parameters:
+        own = [] if self.is_split else self.parameters  # gradients of split weights are averaged on their way back
+        used = torch.tensor([float(p.grad is not None) for p in own], device=self.device)
+        for parameter in own:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in own if p.grad is not None]
         if not self.feed.is_shared:  # every process has other batches, of which each counts the same
-            for tensor in (loss, *(p.grad for p in self.parameters if p.grad is not None)):
+            for tensor in (loss, *gradients):
                 tensor.div_(processes.count())
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         processes.add_up([*gradients, loss, used])
-        for parameter, users in zip(self.parameters, used.tolist(), strict=True):
+        for parameter, users in zip(own, used.tolist(), strict=True):
             if not users:
                 parameter.grad = None
 
@@ -340,7 +345,9 @@ class Trainer:
             )  # fmt: skip
 
     def _require_finite_weights(self) -> None:
-        broken = [name for name, parameter in self.module.named_parameters() if not torch.isfinite(parameter).all()]
+        broken = [name for name, weight in self.module.named_parameters() if not torch.isfinite(local(weight)).all()]
+        if self.is_split:
+            broken = [name for names in processes.gather(broken, "looking at weights") for name in names]
         if broken:
             raise InputError(
                 f"the weights {broken[0]!r} are not finite after epoch {self.position.epoch + 1}, although the losses "
@@ -376,10 +383,10 @@ class Trainer:
             {
                 "position": asdict(self.position),
                 "history": asdict(self.history),
-                "module": self.module.state_dict(),
+                "module": tensors_of(self.module),
                 "helper": helper.state_dict() if helper is not None else {},
                 "kept": self.kept,
-                "optimiser": self.optimiser.state_dict(),
+                "optimiser": whole(self.optimiser.state_dict()),
                 "schedule": self.schedule.state_dict() if self.schedule is not None else {},
                 "scaler": self.scaler.state_dict(),
                 "random": streams,
@@ -395,7 +402,7 @@ class Trainer:
             if self.objective.helper is not None:
                 self.objective.helper.load_state_dict(state["helper"])
             self.kept = {name: _on(value, self.device) for name, value in state["kept"].items()}
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.load_state_dict(split_state(self.optimiser, state["optimiser"]))
             if self.schedule is not None:
                 self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])

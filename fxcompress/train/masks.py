@@ -8,6 +8,7 @@ from torch import fx
 from fxcompress.graph import edit
 from fxcompress.graph.metadata import graph_info
 from fxcompress.graph.regions import regions
+from fxcompress.train.sharding import local, split_like
 
 
 class HeldMasks:
@@ -22,19 +23,19 @@ class HeldMasks:
         for graph in (module, *(region.graph_module for region in regions(module))):
             for path, mask in graph_info(graph).masks.items():
                 weight = edit.attribute(graph, path)
-                self.masked.append((weight, ~mask.to(weight.device)))
+                self.masked.append((weight, local(split_like(~mask.to(weight.device), weight))))
 
     def hold_gradients(self) -> None:
         """Set the gradients of masked weights to zero, so that they count neither in norms nor in momentum."""
         for weight, masked in self.masked:
             if weight.grad is not None:
-                weight.grad.masked_fill_(masked, 0)
+                local(weight.grad).masked_fill_(masked, 0)
 
     def hold_weights(self) -> None:
         """Set masked weights to zero."""
         with torch.no_grad():
             for weight, masked in self.masked:
-                weight.masked_fill_(masked, 0)
+                local(weight).masked_fill_(masked, 0)
 
 
 def hold_masks(module: fx.GraphModule) -> None:

@@ -21,9 +21,11 @@ class Objective(Protocol):
     """The loss of a model on one batch.
 
     helper: a module whose parameters are trained along with the model and thrown away afterwards; None for none.
+    looks_inside: whether it runs the model in a way of its own, to see values inside it.
     """
 
     helper: nn.Module | None
+    looks_inside: bool
 
     def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean loss over the samples of a batch, a tensor with one number."""
@@ -38,6 +40,7 @@ class Supervised:
     """
 
     helper: nn.Module | None = None
+    looks_inside: bool = False
 
     def __init__(self, loss: Loss, by_name: bool = False, output: int | str | None = None) -> None:
         self.loss, self.by_name, self.output = loss, by_name, output
@@ -84,6 +87,7 @@ class OwnStep:
     """
 
     helper: nn.Module | None = None
+    looks_inside: bool = False
 
     def __init__(self, step: Step) -> None:
         self.step = step

@@ -6,6 +6,8 @@ parallel_program.py FOLDER all|training RANK_TO_KILL BATCH_TO_DIE_AT
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +24,9 @@ from torch.utils.data.distributed import DistributedSampler
 import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress import processes
+from fxcompress.errors import PassError
+from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.pipeline.base import PassContext
 from fxcompress.quant.observers import ChannelMean
 from fxcompress.train.data import digest_of
 
@@ -101,9 +106,54 @@ def sampled() -> dict[str, Any]:
     return {"sampled": [tensor.tolist() for tensor in trained.state_dict().values()]}
 
 
+class Stop(Exception):
+    """Ends a training from inside, in every process."""
+
+
+def split(folder: str, stop: int = 0) -> dict[str, Any]:
+    """Return weights and figures of a training of masked weights that are split over the processes.
+
+    It may be interrupted after some batches, and goes on then.
+    """
+    data = dataset()
+    loader = DataLoader(TensorDataset(data.tensors[0][:49], data.tensors[1][:49]), batch_size=8, shuffle=True)
+    batches = 0
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal batches
+        batches += 1
+        if batches == stop:
+            raise Stop
+        return F.cross_entropy(output, target)
+
+    train = P.Distill(
+        loader, epochs=3, optimiser="adamw", weight_decay=0.1, learning_rate=0.01, clip=0.5, loss_function=loss,
+        metric="accuracy", shard=True, checkpoint=f"{folder}/split", checkpoint_every=2, match="logits",
+    )  # fmt: skip
+    manager = fxc.PassManager([P.MaskWeights(0.3), train])
+    context = PassContext(ExampleInputs.of(data.tensors[0][:2]), {"validation": [data.tensors]})
+    graph = fxc.trace(model(False), data.tensors[0][:2])
+    if stop:
+        with contextlib.suppress(PassError):
+            manager.run(graph, data.tensors[0][:2], dataclasses.replace(context, runs={}))
+        assert batches == stop
+    result = manager.run(graph, data.tensors[0][:2], context)
+    trained = result.graph_module
+    return {
+        "weights": [tensor.tolist() for tensor in trained.state_dict().values()],
+        "types": sorted({type(parameter).__name__ for parameter in trained.parameters()}),
+        "class": type(trained).__mro__[1].__name__,
+        "metrics": {**result.rows[-1].metrics, "epoch_seconds": None},
+        "masked": sum(int((parameter == 0).sum()) for parameter in trained.parameters()),
+    }
+
+
 def main(folder: str, what: str, victim: int, at: int) -> None:
     torch.set_num_threads(1)
-    found = training(folder, victim, at) | (decisions() | sampled() if what == "all" else {})
+    found = training(folder, victim, at)
+    if what == "all":
+        found |= decisions() | sampled()
+        found |= {"split": split(f"{folder}/whole"), "split in two": split(f"{folder}/parts", stop=11)}
     Path(f"{folder}/rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

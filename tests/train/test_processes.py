@@ -24,7 +24,7 @@ from fxcompress.quant.merging import can_merge
 from fxcompress.quant.observers import ChannelMean, ExternalObserver, Histogram, MovingAverageMinMax, make_observer
 from fxcompress.quant.spec import ACTIVATION, WEIGHT
 from fxcompress.train.data import Feed, pairs
-from tests.train.parallel_program import decisions, sampled, training
+from tests.train.parallel_program import decisions, sampled, split, training
 from tests.train.test_train import BATCHES, X
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixtures of this file are made once
@@ -53,7 +53,8 @@ def launch(folder: Path, what: str = "all", victim: int = -1, at: int = 0) -> li
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return training(str(tmp_path_factory.mktemp("one"))) | decisions() | sampled()
+    folder = str(tmp_path_factory.mktemp("one"))
+    return training(folder) | decisions() | sampled() | {"split": split(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for process in launch(folder):
         assert process.returncode == 0, process.stderr
         assert "Warning" not in process.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["model.fxc", "norm", "plain", "rank0.json", "rank1.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.fxc", "norm", "parts", "plain", "rank0.json", "rank1.json", "whole",
+    ]  # fmt: skip
     assert (folder / "norm" / "train-1.checkpoint").exists()
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -97,6 +100,22 @@ def test_data_that_is_shared_already_is_not_shared_again(one: dict[str, Any], tw
     assert two[0]["sampled"] == two[1]["sampled"]
     for mine, theirs in zip(one["sampled"], two[0]["sampled"], strict=True):
         torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-3, atol=1e-5)
+
+
+def test_split_weights_train_as_whole_ones_do(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """The last batch has one sample, so that one process has none of it."""
+    first, second, alone = (found["split"] for found in (*two, one))
+    assert first == second
+    assert first["masked"] == alone["masked"] > 100
+    assert (first["types"], first["class"]) == (["Parameter"], "GraphModule")
+    for mine, theirs in zip(alone["weights"], first["weights"], strict=True):
+        torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), rtol=1e-3, atol=1e-4)
+    for figure in ("loss", "validation"):
+        assert first["metrics"][figure] == pytest.approx(alone["metrics"][figure], rel=1e-3)
+
+
+def test_split_weights_resume_exactly(two: list[dict[str, Any]]) -> None:
+    assert two[0]["split in two"] == two[0]["split"]
 
 
 def test_statistics_of_batch_norms_are_near(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
