@@ -101,7 +101,7 @@ class Feed:
         if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.Tensor, Mapping)):
             raise InputError(f"{what} data must be an iterable of batches, not {type(data).__name__}")
         self.data: Any = data
-        self.reader, self.device, self.what = reader, device, what
+        self.reader, self.device, self.seed, self.what = reader, device, seed, what
         self.stream = RandomStream(seed)
         self.is_shared = is_shared(data)
         self.keeps_empty = (
@@ -116,6 +116,11 @@ class Feed:
             return len(self.data)
         except TypeError:
             return None
+
+    def start_over(self) -> None:
+        """Get ready for an epoch in which everything is drawn as in the first one."""
+        self.stream = RandomStream(self.seed)
+        self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
         """Get ready for an epoch, and keep the state in which it begins."""

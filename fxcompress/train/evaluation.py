@@ -112,7 +112,7 @@ def over_batches(feed: Feed, measure: Callable[[nn.Module, Batch], tuple[torch.T
     def mean(module: nn.Module) -> float:
         total = torch.zeros(2, dtype=torch.float64)
         batches = 0
-        feed.start_epoch(0)
+        feed.start_over()
         for batch in feed.batches():
             batches += 1
             if batch.here or feed.keeps_empty:
@@ -142,6 +142,8 @@ def telling_batch(batch: Batch, what: str) -> Iterator[None]:
             f"{what} {batch.describe()} needs more memory than there is: give smaller batches, and accumulate=... for "
             f"steps of the same size ({first_line(error)})"
         ) from error
+    except InputError as error:
+        raise InputError(f"{what} {batch.describe()}: {error}") from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, FxCompressError):
             raise

@@ -160,8 +160,9 @@ class Trainer:
         on_cuda = self.device.type == "cuda"
         with random_state.preserved(on_cuda), training(self.module, self.frozen):
             random_state.seed_everything(self.recipe.seed + _RANK_STRIDE * processes.rank())
-            self._begin()
+            self.kept = tensors_of(self.module)
             try:
+                self._begin()
                 while not self.position.finished:
                     self._epoch()
             except Exception:
@@ -362,7 +363,6 @@ class Trainer:
 
     def _begin(self) -> None:
         """Start anew, or go on from the checkpoint."""
-        self.kept = tensors_of(self.module)
         state = None
         if self.checkpoint is not None:
             state = processes.from_main(self.checkpoint.read, "reading the checkpoint")
@@ -401,13 +401,13 @@ class Trainer:
             load_tensors(self.module, state["module"])
             if self.objective.helper is not None:
                 self.objective.helper.load_state_dict(state["helper"])
-            self.kept = {name: _on(value, self.device) for name, value in state["kept"].items()}
             self.optimiser.load_state_dict(split_state(self.optimiser, state["optimiser"]))
             if self.schedule is not None:
                 self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
             self.feed.resume(self.position.epoch, state["data"])
             random_state.restore(state["random"][processes.rank()])
+            self.kept = {name: _on(value, self.device) for name, value in state["kept"].items()}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint cannot be used here: {type(error).__name__}: {error}") from error
         self.digest = state["digest"]

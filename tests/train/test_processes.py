@@ -47,7 +47,11 @@ def launch(folder: Path, what: str = "all", victim: int = -1, at: int = 0) -> li
         started.append(
             subprocess.Popen(command, env={**os.environ, **variables}, stdout=-1, stderr=subprocess.PIPE, text=True)
         )
-    ended = [(process, *process.communicate(timeout=120)) for process in started]
+    try:
+        ended = [(process, *process.communicate(timeout=120)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     return [subprocess.CompletedProcess("", process.returncode, out, err) for process, out, err in ended]
 
 

@@ -425,7 +425,7 @@ def nan_at(batch: int) -> Callable[[Any, Any], torch.Tensor]:
         ({"data": [(X[:4], Y[:4] + 9)]}, "batch 1 .*out of bounds"),
         ({"data": [(X[:0], Y[:0])]}, "batch 1 is empty"),
         ({"data": [X[:4]]}, r"batch 1 is a Tensor, not a pair \(input, target\)"),
-        ({"data": [(X[:4], torch.zeros(4, 1))], "loss": "mse"}, r"one shape, not \(4, 4\) and \(4, 1\)"),
+        ({"data": [(X[:4], torch.zeros(4, 1))], "loss": "mse"}, r"batch 1 .* of one shape, not \(4, 4\) and \(4, 1\)"),
         ({"data": [(X[:4] / 0, Y[:4])]}, "batch 1 holds NaN or infinity"),
         ({"loss_function": lambda output, target: output}, r"not one of shape \(16, 4\)"),
         ({"loss_function": lambda output, target: output.detach().sum()}, "does not depend on any parameter"),
