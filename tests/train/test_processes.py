@@ -48,7 +48,7 @@ def launch(folder: Path, what: str = "all", victim: int = -1, at: int = 0) -> li
             subprocess.Popen(command, env={**os.environ, **variables}, stdout=-1, stderr=subprocess.PIPE, text=True)
         )
     try:
-        ended = [(process, *process.communicate(timeout=120)) for process in started]
+        ended = [(process, *process.communicate(timeout=300)) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -33,7 +33,7 @@ def kill(folder: Path, workers: int, at: int) -> None:
     log = folder.with_suffix(".log")
     with log.open("w") as file:  # no pipe: workers that lost their parent would keep it open
         process = subprocess.Popen(command, env=environment, stderr=file, start_new_session=True)
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=300)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # these workers
     assert code == -signal.SIGKILL, log.read_text()
