@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxcompress import report
 from fxcompress.analysis.cost import cost
-from fxcompress.emit.compact_module import CompactModule
+from fxcompress.emit.compact_module import CompactModule, check_executor
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import compare, opaque, regions
 from fxcompress.graph.capture import trace
@@ -29,6 +29,7 @@ def compile(
     *,
     target: str = "cpu",
     verify: bool = True,
+    executor: str = "auto",
     calibration: Any = None,
     train_data: Any = None,
     validation: Any = None,
@@ -43,6 +44,7 @@ def compile(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         target: what the result shall run on, "cpu" or "cuda".
         verify: whether to compare outputs across every pass that promises to be exact.
+        executor: how a lowered graph runs: "auto", by our own kernels where there are some; "graph", node by node.
         calibration: batches of inputs for passes that quantise (where the pass has none of its own).
         train_data: batches of (input, target) for passes that train (where the pass has none of its own).
         validation: batches of (input, target) on which passes that train look after every epoch how good the model is.
@@ -59,6 +61,7 @@ def compile(
         raise InputError("compile needs example_inputs, for example example_inputs=(torch.randn(1, 3, 224, 224),)")
     if target not in TARGETS:
         raise OptionError(f"target must be one of {', '.join(map(repr, TARGETS))}, not {target!r}")
+    check_executor(executor)
     inputs = ExampleInputs.of(example_inputs)
     manager = PassManager(passes, verify=verify, dump=dump)
     captured = trace(model, inputs, training=False)
@@ -73,8 +76,8 @@ def compile(
     summary = report.build(type(model).__name__, result.start, result.rows, after, notes, untraced)
     regions.forget_data(result.graph_module)
     for region in regions.regions(result.graph_module):
-        regions.replace(result.graph_module, region.graph_module, CompactModule.of(region.graph_module))
-    return CompactModule.of(result.graph_module.eval(), summary)
+        regions.replace(result.graph_module, region.graph_module, CompactModule.of(region.graph_module, None, executor))
+    return CompactModule.of(result.graph_module.eval(), summary, executor)
 
 
 def _untraced(graph_module: fx.GraphModule) -> dict[str, str]:

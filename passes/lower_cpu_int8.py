@@ -15,7 +15,7 @@ from fxcompress.emit.cpu_int8 import activation_of as kernel_activation
 from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
 from fxcompress.errors import OptionError
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, info, set_info
+from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
 from fxcompress.pipeline.base import Note, PassResult
 from fxcompress.quant.arithmetic import quantize
 from fxcompress.quant.cpu import cpu_features
@@ -526,8 +526,8 @@ def _other_operand(add: fx.Node, operand: fx.Node) -> fx.Node | None:
 
 
 def _is_float_tensor(node: fx.Node) -> bool:
-    value = info(node).value
-    return not isinstance(value, TensorInfo) or value.dtype.is_floating_point
+    """Whether a node holds real numbers, in one tensor or several. Sizes, and what is computed of them, are none."""
+    return any(value.dtype.is_floating_point for value in tensors(info(node).value))
 
 
 def _numbers(value: Any, count: int) -> list[int]:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
+from fxcompress.emit.cpu_int8 import Int8Layer
+from fxcompress.emit.native.executor import Cache
+from fxcompress.errors import OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import NodeInfo, info, set_info
 
 if TYPE_CHECKING:
     from fxcompress.report import Report
 
+EXECUTORS = ("auto", "graph")
+
 
 class CompactModule(fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
+    A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; the
+    graph stays what it is, to be read, saved and run node by node.
+
     Attributes:
         report: what every pass did, and what was left alone and why; None for a module made by hand.
+        executor: "auto", or "graph" to have the graph run node by node. Tensors that are changed in place afterwards,
+            other than by `load_state_dict`, need `repack()`.
 
     Args:
         root: a module that holds the layers, parameters and buffers that the graph names.
@@ -31,6 +43,7 @@ class CompactModule(fx.GraphModule):
     """
 
     report: Report | None
+    _executor = "auto"
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, report: Report | None = None, class_name: str = "CompactModule"
@@ -38,8 +51,55 @@ class CompactModule(fx.GraphModule):
         super().__init__(root, graph, class_name)
         self.report = report
 
+    @property
+    def executor(self) -> str:
+        """How a lowered graph is run: "auto" or "graph"."""
+        return self._executor
+
+    @executor.setter
+    def executor(self, value: str) -> None:
+        check_executor(value)
+        self._executor = value
+
+    def recompile(self) -> Any:
+        """Generate the code anew, and put the kernels in front of it."""
+        code = super().recompile()
+        run_graph = type(self).forward
+        self._native = Cache()
+
+        @functools.wraps(run_graph)
+        def forward(self: CompactModule, *arguments: Any, **keywords: Any) -> Any:
+            native = self._native.executor(self, (*arguments, *keywords.values()))
+            if native is None:
+                return run_graph(self, *arguments, **keywords)
+            return native(*arguments, **keywords)
+
+        type(self).forward = forward  # fx gives every instance a class of its own
+        return code
+
+    def repack(self) -> None:
+        """Forget what was derived from the tensors. To be called after changing them in place."""
+        self._native = Cache()
+        for module in self.modules():
+            if isinstance(module, Int8Layer):
+                module.repack()
+
+    def train(self, mode: bool = True) -> CompactModule:
+        """As in `nn.Module`."""
+        self._native = Cache()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._native = Cache()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `nn.Module`."""
+        self._native = Cache()
+        return super().load_state_dict(*args, **kwargs)
+
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, report: Report | None = None) -> CompactModule:
+    def of(cls, graph_module: fx.GraphModule, report: Report | None = None, executor: str = "auto") -> CompactModule:
         """Return `graph_module` as a `CompactModule`: the same layers and tensors, no copy of them.
 
         The class is named after the model: a compiled `ResNet` prints as `CompactResNet`. Type annotations of the
@@ -52,6 +112,7 @@ class CompactModule(fx.GraphModule):
         compact = cls(graph_module, graph_module.graph, report, f"Compact{name or 'Module'}")
         copy_modes(graph_module, compact)
         compact.meta = graph_module.meta
+        compact.executor = executor
         return compact
 
     def save(
@@ -90,6 +151,7 @@ class CompactModule(fx.GraphModule):
         assert isinstance(duplicate, CompactModule)  # for the type checker: torch makes it from type(self)
         type(duplicate).__name__ = type(self).__name__
         copy_modes(self, duplicate)
+        duplicate._executor = self._executor
         duplicate.report = copy.deepcopy(self.report, memo)
         return duplicate
 
@@ -97,6 +159,7 @@ class CompactModule(fx.GraphModule):
         duplicate = CompactModule(self, copy.deepcopy(self.graph), self.report, type(self).__name__)
         copy_modes(self, duplicate)
         duplicate.meta = self.meta
+        duplicate._executor = self._executor
         return duplicate
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,7 +170,13 @@ class CompactModule(fx.GraphModule):
             _non_persistent_buffers_set=self._non_persistent_buffers_set,
         )
         nodes = [_Record.of(node) for node in self.graph.nodes]
-        return _unpickle, (children, nodes, self.meta, self.report, type(self).__name__)
+        return _unpickle, (children, nodes, self.meta, self.report, type(self).__name__, self._executor)
+
+
+def check_executor(value: str) -> None:
+    """Raise `OptionError` unless `value` is one of the ways to run a lowered graph."""
+    if value not in EXECUTORS:
+        raise OptionError(f"executor must be one of {', '.join(map(repr, EXECUTORS))}, not {value!r}")
 
 
 def copy_modes(source: nn.Module, destination: nn.Module) -> None:
@@ -147,7 +216,12 @@ class _Record:
 
 
 def _unpickle(
-    children: nn.Module, records: list[_Record], meta: dict[str, Any], report: Report | None, class_name: str
+    children: nn.Module,
+    records: list[_Record],
+    meta: dict[str, Any],
+    report: Report | None,
+    class_name: str,
+    executor: str,
 ) -> CompactModule:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -176,4 +250,5 @@ def _unpickle(
     compact = CompactModule(children, graph, report, class_name)
     copy_modes(children, compact)
     compact.meta = meta
+    compact.executor = executor
     return compact

@@ -1,0 +1,262 @@
+"""Runs a lowered graph by plans: one for each combination of input shapes, made at the first call with it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.native import memory, steps
+from fxcompress.emit.native.library import Library, library
+from fxcompress.emit.native.memory import SLACK, View
+from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
+
+
+class Cache:
+    """The executor of one graph, made when it is first needed; never copied and never pickled."""
+
+    def __init__(self) -> None:
+        self.made: Executor | None = None
+        self.useless = False
+        self.layers: list[nn.Module] = []
+
+    def executor(self, graph_module: Any, arguments: tuple[Any, ...]) -> Executor | None:
+        """Return what runs a graph on these arguments, or None if the graph itself shall.
+
+        That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, or a hook.
+        """
+        if self.useless or graph_module.executor != "auto":
+            return None
+        for leaf in tree_leaves(arguments):
+            if isinstance(leaf, torch.Tensor):
+                if type(leaf) is not torch.Tensor or leaf.device.type != "cpu" or leaf.requires_grad:
+                    return None
+            elif isinstance(leaf, fx.Proxy):
+                return None
+        if self.made is None:
+            self._make(graph_module)
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
+            return None
+        return self.made
+
+    def _make(self, graph_module: fx.GraphModule) -> None:
+        kernels = library() if any(isinstance(module, Kernel) for module in graph_module.modules()) else None
+        self.useless = kernels is None
+        if kernels is not None:
+            self.layers = [module for name, module in graph_module.named_modules() if name]
+            self.made = Executor(graph_module, kernels)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        return Cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, ()
+
+
+class Executor:
+    """Calls a lowered graph's kernels without Python between them.
+
+    It may be called from several threads at once; each call has memory of its own, which is kept for the next one.
+
+    Args:
+        graph_module: the lowered graph; its tensors must not change as long as the executor is used.
+        library: the kernels.
+    """
+
+    #: Plans kept, for the latest combinations of shapes.
+    limit = 8
+
+    def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
+        self.graph_module, self.library = graph_module, library
+        self.packed: dict[Any, Any] = {}
+        self.plans: dict[Any, BoundPlan] = {}
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run on inputs of any shape; the arguments are those of the graph's placeholders."""
+        leaves, structure = tree_flatten((arguments, keywords))
+        key = (structure, *(_signature(leaf) for leaf in leaves))
+        plan = self.plans.get(key)
+        if plan is None:
+            return self._first(key, arguments, keywords)
+        return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+
+    def _first(self, key: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The first call with inputs of these shapes makes the plan."""
+        inputs = _positional(self.graph_module, arguments, keywords)
+        plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
+        while len(self.plans) >= self.limit:
+            self.plans.pop(next(iter(self.plans)), None)
+        self.plans[key] = bound = BoundPlan(plan, self.library)
+        return bound([leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)])
+
+
+def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+    """The arguments in the order of the placeholders, with defaults where none are given."""
+    found = list(arguments)
+    for node in list(graph_module.graph.find_nodes(op="placeholder"))[len(found) :]:
+        found.append(keywords.get(str(node.target), node.args[0] if node.args else None))
+    return found
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return value
+
+
+def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    """Return what each node makes of these inputs, tensors without their memory.
+
+    Nothing is computed, unless a node needs to see real numbers.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad():
+        try:
+            recorder = _Recorder(graph_module)
+            with mode:
+                recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
+        except Exception:  # whatever a function of the user's makes of tensors without numbers
+            recorder = _Recorder(graph_module)
+            recorder.run(*inputs)
+    return recorder.values
+
+
+def _faked(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each node made."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        output = super().run_node(n)
+        self.values[n] = tree_map(_without_memory, output)
+        return output
+
+
+def _without_memory(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    with unset_fake_temporarily():
+        return memory.meta_tensor(value.shape, value.dtype, value.stride())
+
+
+class BoundPlan:
+    """A plan with its memory laid out."""
+
+    def __init__(self, plan: Plan, library: Library) -> None:
+        self.plan, self.library = plan, library
+        arena = [buffer for buffer in plan.buffers if buffer.place == "arena" and buffer.first >= 0]
+        self.offsets, self.size = memory.arrange(arena)
+        self.runs = _runs(plan.items)
+        self.outputs = [buffer for buffer in plan.buffers if buffer.place == "output"]
+        self.inputs = [view.buffer.index for view in plan.inputs]
+        self.free: list[_Memory] = []  # of calls that are over
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Run on the tensors among the arguments, in their order."""
+        try:
+            room = self.free.pop()
+        except IndexError:
+            room = _Memory(self)
+        held: dict[int, torch.Tensor] = dict(zip(self.inputs, tensors, strict=True))
+        for buffer in self.outputs:
+            held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
+        for index, tensor in held.items():
+            room.pointers[index] = tensor.data_ptr()
+        threads = torch.get_num_threads()
+        for part in self.runs:
+            if isinstance(part, PythonCall):
+                self._call(part, room, held)
+            else:
+                self.library.run(part, len(part), room.pointers, threads)
+        output = self.plan.output
+        result = room.tensor(output, held) if isinstance(output, View) else tree_map(
+            lambda leaf: room.tensor(leaf, held) if isinstance(leaf, View) else leaf, output
+        )  # fmt: skip
+        self.free.append(room)
+        return result
+
+    def _call(self, call: PythonCall, room: _Memory, held: dict[int, torch.Tensor]) -> None:
+        pick: Callable[[Any], Any] = lambda leaf: room.tensor(leaf, held) if isinstance(leaf, View) else leaf  # noqa: E731
+        arguments, keywords = tree_map(pick, (call.arguments, call.keywords))
+        with torch.no_grad():
+            result = call.function(*arguments, **keywords)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for view, tensor in zip(call.results, made, strict=True):
+            if tensor.stride() != view.meta.stride() or room.holds(tensor):
+                tensor = torch.empty_strided(tensor.shape, view.meta.stride(), dtype=tensor.dtype).copy_(tensor)
+            held[view.buffer.index] = tensor
+            room.pointers[view.buffer.index] = tensor.data_ptr() - view.offset
+
+
+class _Memory:
+    """What one call works in: the arena, and where each buffer lies."""
+
+    def __init__(self, bound: BoundPlan) -> None:
+        self.arena = torch.empty(bound.size + memory.ALIGNMENT, dtype=torch.uint8)
+        self.start = self.arena.data_ptr() + (-self.arena.data_ptr() % memory.ALIGNMENT)
+        self.shift = self.start - self.arena.data_ptr()
+        self.offsets = bound.offsets
+        self.pointers = (ctypes.c_void_p * max(1, len(bound.plan.buffers)))()
+        self.views: dict[int, torch.Tensor] = {}
+        for index, offset in bound.offsets.items():
+            self.pointers[index] = self.start + offset
+        self.constants = bound.plan.constants
+        for index, tensor in self.constants.items():
+            self.pointers[index] = tensor.data_ptr()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the arena, which the next steps and calls write to."""
+        return self.arena.data_ptr() <= tensor.data_ptr() < self.arena.data_ptr() + self.arena.numel()
+
+    def tensor(self, view: View, held: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Return a view as a tensor."""
+        meta, index = view.meta, view.buffer.index
+        if index in self.constants:
+            return self.constants[index].as_strided(meta.shape, meta.stride(), meta.storage_offset())
+        if index in self.offsets:
+            start = self.shift + self.offsets[index]
+            flat = self.arena[start : start + view.buffer.bytes].view(meta.dtype)
+            return flat.as_strided(meta.shape, meta.stride(), flat.storage_offset() + meta.storage_offset())
+        found = held[index]
+        if found.dtype == torch.uint8 and found.ndim == 1 and view.buffer.place == "output":
+            flat = found[: view.buffer.bytes].view(meta.dtype)
+            return flat.as_strided(meta.shape, meta.stride(), meta.storage_offset())
+        if found.shape == meta.shape and found.stride() == meta.stride():
+            return found
+        return found.as_strided(meta.shape, meta.stride(), found.storage_offset() + meta.storage_offset())
+
+
+def _runs(items: Sequence[steps.Step | PythonCall]) -> list[Any]:
+    """Steps that follow one another as one array of addresses."""
+    found: list[Any] = []
+    pending: list[steps.Step] = []
+
+    def close() -> None:
+        if pending:
+            array = (ctypes.c_void_p * len(pending))(*(ctypes.addressof(step) for step in pending))
+            array.steps = list(pending)  # type: ignore[attr-defined]  # they live as long as the array
+            found.append(array)
+            pending.clear()
+
+    for item in items:
+        if isinstance(item, PythonCall):
+            close()
+            found.append(item)
+        else:
+            pending.append(item)
+    close()
+    return found

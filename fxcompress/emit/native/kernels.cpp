@@ -1,0 +1,1017 @@
+// The loops of lowered graphs for CPUs with AVX-512 and its 8-bit products (VNNI).
+//
+// A plan is a list of steps over numbered buffers. Everything that depends on shapes was decided when the plan was
+// made; run() walks the list in one parallel region, with a barrier behind every step. Images lie with their channels
+// side by side (N, H, W, C).
+//
+// Products: a tile of MR pixels times NB x 16 output channels stays in registers; each instruction multiplies four
+// input channels of a pixel with those of 16 output channels (vpdpbusd). Where the pixels of a window lie is looked up
+// in two tables, one of rows and one of columns, so that every stride, dilation and padding is the same loop (the idea
+// is that of XNNPACK's indirection buffers; Dukhan, The Indirect Convolution Algorithm, 2019).
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#define UNROLL _Pragma("GCC unroll 64")
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t OUTSIDE = -(int64_t(1) << 40);  // a row or column in the padding; a sum with it is below zero
+constexpr int MAX_TAPS = 1024;
+
+enum Kind : int64_t { FLOAT = 0, BYTES = 1 };
+enum Activation : int64_t { NONE = 0, CLAMP, HARDSWISH, SILU, GELU, GELU_TANH, LEAKY, TANH, SIGMOID, HARDSIGMOID };
+
+// Part of a buffer. Byte offset of the first number, bytes from one pixel to the next and from one image to the next.
+struct Place {
+    int64_t buffer, offset, pixel, image;
+};
+
+// What happens to sums of products: y = sum * scale + bias (+ residual * residual_scale + residual_shift), the
+// activation, and for bytes y * inverse + zero, rounded to even and clipped to low..high.
+struct Finish {
+    const float* scale;  // of each output channel, in whole vectors
+    const float* bias;
+    int64_t kind;  // of the result
+    int64_t activation;
+    double argument0, argument1;
+    double inverse;
+    int64_t zero, low, high;
+    int64_t residual_kind;  // -1: there is none
+    Place residual;
+    double residual_scale, residual_shift;
+};
+
+struct Convolution {
+    int64_t op;
+    Place source, result;
+    int64_t images, height, width, channels;  // of the result; channels of one group
+    int64_t groups, group_in, group_out;      // bytes from one group's channels to the next, in source and result
+    int64_t rows_of_window, columns_of_window, run;  // run: bytes read at each place of the window, a multiple of 4
+    const int64_t* rows;     // (height, rows_of_window): byte offset of a row or OUTSIDE
+    const int64_t* columns;  // (width, columns_of_window)
+    const uint8_t* padding;  // `run` bytes for places outside
+    const int8_t* weights;
+    int64_t group_weights;  // bytes of one group's weights
+    Finish finish;
+};
+
+struct Depthwise {
+    int64_t op;
+    Place source, result;
+    int64_t images, height, width, channels;
+    int64_t rows_of_window, columns_of_window;
+    int64_t source_width, stride, dilation, padding_left;  // along a row
+    const int64_t* rows;                                   // (height, rows_of_window)
+    const uint8_t* padding;                                // 64 bytes
+    const int8_t* weights;  // (chunks of 64 channels, columns of the window, groups of 4 rows, 4 vectors, 64)
+    Finish finish;           // scale and bias in the order of the vectors
+};
+
+struct Pooling {
+    int64_t op;
+    Place source, result;
+    int64_t images, height, width, channels;
+    int64_t rows_of_window, columns_of_window;
+    const int64_t* rows;
+    const int64_t* columns;
+    int64_t average;  // 0: maximum
+    int64_t count_padding;
+    int64_t source_zero;
+    double factor, shift;  // average: y = (sum / count - source_zero) * factor + shift, as finish.kind says
+    int64_t kind, zero, low, high;
+};
+
+// Real numbers to bytes, from any strides to N, H, W, C.
+struct Entrance {
+    int64_t op;
+    Place source, result;
+    int64_t images, height, width, channels;
+    int64_t stride_image, stride_row, stride_column, stride_channel;  // of the source, in numbers
+    int64_t result_row;                                               // bytes from one row of the result to the next
+    double inverse;
+    int64_t zero, low, high;
+};
+
+// A copy of bytes between strided places.
+struct Copy {
+    int64_t op;
+    Place source, result;
+    int64_t sizes[4], from[4], to[4];
+    int64_t bytes;  // in one piece
+};
+
+struct Fill {
+    int64_t op;
+    Place result;
+    int64_t bytes, value;
+};
+
+// One operand of a pointwise step.
+struct Operand {
+    int64_t shape;  // 0: a number for each element, 1: for each channel of each image, 2: for each channel, 3: one
+    int64_t kind;
+    Place place;
+    const float* numbers;  // shapes 2 and 3
+    double scale, shift;   // of bytes: real = byte * scale + shift
+};
+
+struct Operation {
+    int64_t code;  // see below
+    int64_t first, second;
+    double argument0, argument1;
+};
+enum Code : int64_t { LOAD = 0, ADD, SUBTRACT, MULTIPLY, DIVIDE, ACTIVATE };
+
+constexpr int MAX_OPERANDS = 8, MAX_OPERATIONS = 24, CHUNK = 512;
+
+// A chain of elementwise operations on `pixels` x `channels` numbers of each image. Register i holds what operation i
+// made; the last one is stored.
+struct Pointwise {
+    int64_t op;
+    int64_t images, pixels, channels;
+    int64_t operands, operations;
+    Operand operand[MAX_OPERANDS];
+    Operation operation[MAX_OPERATIONS];
+    Place result;
+    int64_t kind;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+// Rows with mean 0 and variance 1, times a scale, plus a shift.
+struct Normalization {
+    int64_t op;
+    Place source, result;
+    int64_t rows, channels;
+    const float* scale;  // in whole vectors
+    const float* shift;
+    double epsilon;
+    int64_t kind;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION };
+
+// ---------------------------------------------------------------------------------------------------- arithmetic
+
+INLINE __m512 power(__m512 x) {  // e^x
+    const __m512 limit = _mm512_set1_ps(88.0f);
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), limit);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+INLINE __m512 inverse_of(__m512 x) {  // 1 / x
+    __m512 y = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2.0f)));
+}
+
+INLINE __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return inverse_of(_mm512_add_ps(one, power(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+INLINE __m512 hyperbolic(__m512 x) {  // tanh
+    return _mm512_fmsub_ps(_mm512_set1_ps(2.0f), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1.0f));
+}
+
+// Abramowitz and Stegun, formula 7.1.26: error below 1.5e-7.
+INLINE __m512 error_function(__m512 x) {
+    const __m512 sign = _mm512_set1_ps(-0.0f);
+    __m512 a = _mm512_andnot_ps(sign, x);
+    __m512 t = inverse_of(_mm512_fmadd_ps(a, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f)));
+    __m512 p = _mm512_set1_ps(1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+    __m512 e = power(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(a, a)));
+    __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), e, _mm512_set1_ps(1.0f));
+    return _mm512_or_ps(y, _mm512_and_ps(sign, x));
+}
+
+INLINE __m512 activate(__m512 x, int64_t activation, float a, float b) {
+    switch (activation) {
+        case CLAMP:
+            return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(a)), _mm512_set1_ps(b));
+        case HARDSIGMOID:
+        case HARDSWISH: {
+            __m512 y = _mm512_fmadd_ps(x, _mm512_set1_ps(1.0f / 6), _mm512_set1_ps(0.5f));
+            y = _mm512_min_ps(_mm512_max_ps(y, _mm512_setzero_ps()), _mm512_set1_ps(1.0f));
+            return activation == HARDSWISH ? _mm512_mul_ps(x, y) : y;
+        }
+        case SILU:
+            return _mm512_mul_ps(x, sigmoid(x));
+        case SIGMOID:
+            return sigmoid(x);
+        case TANH:
+            return hyperbolic(x);
+        case GELU: {
+            __m512 y = error_function(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+            __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+            return _mm512_fmadd_ps(half, y, half);
+        }
+        case GELU_TANH: {
+            __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+            __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+            __m512 y = hyperbolic(_mm512_mul_ps(inner, _mm512_set1_ps(0.79788456f)));
+            __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+            return _mm512_fmadd_ps(half, y, half);
+        }
+        case LEAKY: {
+            __m512 slope = _mm512_mul_ps(x, _mm512_set1_ps(a));
+            return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), x, slope);
+        }
+        default:
+            return x;
+    }
+}
+
+// Four vectors of integers to 64 bytes; within 128-bit lanes the bytes of the vectors follow one another.
+INLINE __m512i narrow(const __m512i q[4], __m512i zero, __m512i low, __m512i high) {
+    __m512i left = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero);
+    __m512i right = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero);
+    return _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(left, right), low), high);
+}
+
+// The order of 4-byte pieces that undoes `narrow`'s, where its vectors hold consecutive channels.
+INLINE __m512i in_order(__m512i bytes) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, bytes);
+}
+
+INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ULL : (1ULL << count) - 1; }
+INLINE __mmask16 first_floats(int64_t count) {
+    return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+}
+
+// Stores the first `count` of 64 bytes. Stores under a mask are slow, so that whole vectors do without.
+INLINE void store_bytes(uint8_t* to, __m512i bytes, int64_t count) {
+    if (count >= 64) {
+        _mm512_storeu_si512(to, bytes);
+    } else if (count == 48) {
+        _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(bytes));
+        _mm_storeu_si128((__m128i*)(to + 32), _mm512_extracti32x4_epi32(bytes, 2));
+    } else if (count == 32) {
+        _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(bytes));
+    } else if (count == 16) {
+        _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(bytes));
+    } else {
+        _mm512_mask_storeu_epi8(to, first_bytes(count), bytes);
+    }
+}
+
+struct Limits {
+    __m512i zero, low, high;
+    __m512 inverse;
+    Limits(double factor, int64_t zero_, int64_t low_, int64_t high_)
+        : zero(_mm512_set1_epi16((short)zero_)), low(_mm512_set1_epi8((char)low_)), high(_mm512_set1_epi8((char)high_)),
+          inverse(_mm512_set1_ps((float)factor)) {}
+};
+
+INLINE __m512 residual_numbers(const Finish& f, const uint8_t* place, int64_t channel, __mmask16 mask) {
+    if (f.residual_kind == BYTES) {
+        __m512 r = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, place + channel)));
+        return _mm512_fmadd_ps(r, _mm512_set1_ps((float)f.residual_scale), _mm512_set1_ps((float)f.residual_shift));
+    }
+    __m512 r = _mm512_maskz_loadu_ps(mask, (const float*)place + channel);
+    return _mm512_mul_ps(r, _mm512_set1_ps((float)f.residual_scale));
+}
+
+// ---------------------------------------------------------------------------------------------------- convolution
+
+// Finishes the sums of MR pixels and NB vectors of channels, which lie in memory: the compiler would not keep in
+// registers what is handed on by address.
+// PLAIN: bytes without a residual and an activation, which is most layers.
+template <int NB, bool PLAIN>
+INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish& f, const Limits& limits,
+                        int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
+    __m512 scale[NB], bias[NB];
+    UNROLL for (int n = 0; n < NB; n++) {
+        scale[n] = _mm512_loadu_ps(f.scale + channel + 16 * n);
+        bias[n] = _mm512_loadu_ps(f.bias + channel + 16 * n);
+    }
+    const int64_t bytes = std::min<int64_t>(count, 16 * NB);
+    const __m512 inverse = limits.inverse;
+    const __m512i zero = limits.zero, low = limits.low, high = limits.high;
+    constexpr int TOGETHER = NB == 1 ? 4 : NB == 2 ? 2 : 1;  // pixels that are narrowed to bytes at once
+    for (int m = 0; m < pixels; m += TOGETHER) {
+        __m512 y[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int n = i % NB, p = m + i / NB;
+            y[i] = _mm512_setzero_ps();
+            if (i < NB * TOGETHER)
+                y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[p] + 16 * n)), scale[n], bias[n]);
+        }
+        if (!PLAIN && f.residual_kind != -1) {
+            UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
+                const int n = i % NB, p = m + i / NB;
+                if (TOGETHER == 1 || p < pixels)
+                    y[i] = _mm512_add_ps(
+                        y[i], residual_numbers(f, residuals[p], channel + 16 * n, first_floats(count - 16 * n)));
+            }
+        }
+        if (!PLAIN && f.activation != NONE) {
+            UNROLL for (int i = 0; i < NB * TOGETHER; i++)
+                y[i] = activate(y[i], f.activation, (float)f.argument0, (float)f.argument1);
+        }
+        if (!PLAIN && f.kind == FLOAT) {
+            UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
+                const int n = i % NB, p = m + i / NB;
+                if (TOGETHER == 1 || p < pixels)
+                    _mm512_mask_storeu_ps((float*)results[p] + channel + 16 * n, first_floats(count - 16 * n), y[i]);
+            }
+            continue;
+        }
+        __m512i q[4];
+        UNROLL for (int i = 0; i < 4; i++)
+            q[i] = i < NB * TOGETHER ? _mm512_cvtps_epi32(_mm512_mul_ps(y[i], inverse)) : _mm512_setzero_si512();
+        const __m512i made = in_order(narrow(q, zero, low, high));
+        if constexpr (TOGETHER == 1) {
+            store_bytes(results[m] + channel, made, bytes);
+        } else if constexpr (TOGETHER == 2) {
+            store_bytes(results[m] + channel, made, bytes);
+            if (m + 1 < pixels)
+                store_bytes(results[m + 1] + channel, _mm512_shuffle_i64x2(made, made, 0xEE), bytes);
+        } else {
+            store_bytes(results[m] + channel, made, bytes);
+            if (m + 1 < pixels)
+                store_bytes(results[m + 1] + channel, _mm512_shuffle_i64x2(made, made, 0x55), bytes);
+            if (m + 2 < pixels)
+                store_bytes(results[m + 2] + channel, _mm512_shuffle_i64x2(made, made, 0xAA), bytes);
+            if (m + 3 < pixels)
+                store_bytes(results[m + 3] + channel, _mm512_shuffle_i64x2(made, made, 0xFF), bytes);
+        }
+    }
+}
+
+template <int MR, int NB>
+__attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* places, const int8_t* weights,
+                                    const Limits& limits, int64_t channel, int64_t count, uint8_t* const* results,
+                                    const uint8_t* const* residuals) {
+    __m512i sums[MR][NB];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
+    const int64_t taps = c.rows_of_window * c.columns_of_window, steps = c.run / 4;
+    for (int m = 0; m < MR; m++) __builtin_prefetch(results[m] + channel, 1);  // lines that are about to be written
+    for (int64_t t = 0; t < taps; t++, places += MR) {
+        const uint8_t* p[MR];
+        UNROLL for (int m = 0; m < MR; m++) p[m] = places[m];
+        for (int64_t k = 0; k < steps; k++, weights += 64 * NB) {
+            __m512i w[NB];
+            UNROLL for (int n = 0; n < NB; n++) w[n] = _mm512_load_si512(weights + 64 * n);
+            UNROLL for (int m = 0; m < MR; m++) {
+                int32_t four;
+                std::memcpy(&four, p[m] + 4 * k, 4);
+                const __m512i x = _mm512_set1_epi32(four);
+                UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], x, w[n]);
+            }
+        }
+    }
+    alignas(64) int32_t made[MR + 3][16 * NB];  // the last pixels are finished four at a time
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NB; n++) _mm512_store_si512(made[m] + 16 * n, sums[m][n]);
+    const Finish& f = c.finish;
+    if (f.kind == BYTES && f.activation == NONE && f.residual_kind == -1)
+        finish_tile<NB, true>(MR, made, f, limits, channel, count, results, residuals);
+    else
+        finish_tile<NB, false>(MR, made, f, limits, channel, count, results, residuals);
+}
+
+template <int NB>
+void tiles(const Convolution& c, int pixels, const uint8_t* const* places, const int8_t* weights, const Limits& limits,
+           int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
+#define CASE(MR) \
+    case MR: return tile<MR, NB>(c, places, weights, limits, channel, count, results, residuals)
+    if constexpr (NB == 4) {
+        switch (pixels) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+    } else if constexpr (NB == 3) {
+        switch (pixels) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); }
+    } else if constexpr (NB == 2) {
+        switch (pixels) {
+            CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+        }
+    } else {
+        switch (pixels) {
+            CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+            CASE(13); CASE(14);
+        }
+    }
+#undef CASE
+}
+
+constexpr int64_t RESIDENT = 384 << 10;  // weights up to here are read from the cache again and again
+constexpr int64_t STRIP = 96 << 10;      // bytes of a strip of pixels, in source and result
+constexpr int TILE[5] = {0, 14, 12, 8, 6};  // pixels of a tile by the number of vectors
+
+// Tiles of the pixels [from, to) of one block of channels, of sizes as equal as possible.
+void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, const int8_t* weights,
+          const Limits& limits, int64_t from, int64_t to, const uint8_t* source, uint8_t* result,
+          const uint8_t* residual) {
+    const Finish& f = c.finish;
+    const int64_t area = c.height * c.width, pieces = (to - from + TILE[wide] - 1) / TILE[wide];
+    const int64_t least = (to - from) / pieces, more = (to - from) % pieces;
+    int64_t image = from / area, pixel = from % area;
+    int64_t row = pixel / c.width, column = pixel % c.width;
+    source += image * c.source.image;
+    result += image * c.result.image + pixel * c.result.pixel;
+    if (residual) residual += image * f.residual.image + pixel * f.residual.pixel;
+    const int64_t* rows = c.rows + row * c.rows_of_window;
+    const int64_t* columns = c.columns + column * c.columns_of_window;
+    const uint8_t* places[14 * MAX_TAPS];
+    uint8_t* results[14];
+    const uint8_t* residuals[14];
+    for (int64_t i = 0; i < pieces; i++) {
+        const int mr = (int)(least + (i < more));
+        for (int m = 0; m < mr; m++) {
+            const uint8_t** place = places + m;
+            for (int64_t y = 0; y < c.rows_of_window; y++)
+                for (int64_t x = 0; x < c.columns_of_window; x++, place += mr) {
+                    const int64_t offset = rows[y] + columns[x];
+                    *place = offset < 0 ? c.padding : source + offset;
+                }
+            results[m] = result;
+            residuals[m] = residual;
+            result += c.result.pixel;
+            if (residual) residual += f.residual.pixel;
+            columns += c.columns_of_window;
+            if (++column == c.width) {
+                column = 0;
+                columns = c.columns;
+                rows += c.rows_of_window;
+                if (++row == c.height) {
+                    row = 0;
+                    rows = c.rows;
+                    source += c.source.image;
+                    result += c.result.image - area * c.result.pixel;
+                    if (residual) residual += f.residual.image - area * f.residual.pixel;
+                }
+            }
+        }
+        switch (wide) {
+            case 4: tiles<4>(c, mr, places, weights, limits, channel, count, results, residuals); break;
+            case 3: tiles<3>(c, mr, places, weights, limits, channel, count, results, residuals); break;
+            case 2: tiles<2>(c, mr, places, weights, limits, channel, count, results, residuals); break;
+            default: tiles<1>(c, mr, places, weights, limits, channel, count, results, residuals);
+        }
+    }
+}
+
+void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int threads) {
+    const Finish& f = c.finish;
+    const Limits limits(f.inverse, f.zero, f.low, f.high);
+    const int64_t window = c.rows_of_window * c.columns_of_window;
+    const int64_t vectors = (c.channels + 15) / 16, blocks = (vectors + 3) / 4;
+    const int64_t pixels = c.images * c.height * c.width;
+    const int64_t size = f.kind == FLOAT ? 4 : 1, residual_size = f.residual_kind == FLOAT ? 4 : 1;
+
+    const int64_t group_bytes = vectors * window * c.run * 16;
+
+    auto part = [&](int64_t g, int64_t b, int64_t from, int64_t to) {
+        Convolution group = c;  // scale and bias of a group lie behind those of the groups before it, in whole vectors
+        group.finish.scale += g * 16 * vectors;
+        group.finish.bias += g * 16 * vectors;
+        const int64_t vector = vectors / blocks * b + std::min(b, vectors % blocks);
+        const uint8_t* residual = nullptr;
+        if (f.residual_kind != -1)
+            residual = buffers[f.residual.buffer] + f.residual.offset + g * c.group_out * residual_size;
+        walk(group, vectors / blocks + (b < vectors % blocks), 16 * vector, c.channels - 16 * vector,
+             c.weights + g * c.group_weights + vector * window * c.run * 16, limits, from, to,
+             buffers[c.source.buffer] + c.source.offset + g * c.group_in,
+             buffers[c.result.buffer] + c.result.offset + g * c.group_out * size, residual);
+    };
+
+    if (c.groups * group_bytes <= RESIDENT) {
+        // Each thread has its own pixels, in strips that stay in its cache while all channels are made.
+        const int64_t wide = c.groups * (c.run * c.columns_of_window + c.channels * size);
+        const int64_t strip = std::max<int64_t>(48, STRIP / wide / 24 * 24);
+        const int64_t begin = pixels * thread / threads, end = pixels * (thread + 1) / threads;
+        for (int64_t from = begin; from < end; from += strip)
+            for (int64_t g = 0; g < c.groups; g++)
+                for (int64_t b = 0; b < blocks; b++) part(g, b, from, std::min(end, from + strip));
+        return;
+    }
+    // Each thread has its own weights, as many as it can: shares of the blocks, and of the pixels of the last one.
+    const int64_t total = c.groups * vectors * pixels;
+    const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+    int64_t before = 0;
+    for (int64_t g = 0; g < c.groups; g++) {
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t wide = vectors / blocks + (b < vectors % blocks);
+            const int64_t from = std::clamp<int64_t>((begin - before) / wide, 0, pixels);
+            const int64_t to = std::clamp<int64_t>((end - before) / wide, 0, pixels);
+            if (from < to) part(g, b, from, to);
+            before += wide * pixels;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- depthwise convolution
+
+// Four rows of 64 bytes to four vectors, whose 4-byte pieces hold one channel of each row.
+INLINE void interleave(const __m512i row[4], __m512i vector[4]) {
+    __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+    __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+    vector[0] = _mm512_unpacklo_epi16(a, c);
+    vector[1] = _mm512_unpackhi_epi16(a, c);
+    vector[2] = _mm512_unpacklo_epi16(b, d);
+    vector[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// Memory of a thread for what one row needs; grows, and goes with the thread.
+uint8_t* scratch(size_t bytes) {
+    static thread_local std::unique_ptr<uint8_t, decltype(&std::free)> memory(nullptr, &std::free);
+    static thread_local size_t size = 0;
+    if (size < bytes) {
+        size = (bytes + 4095) / 4096 * 4096;
+        memory.reset((uint8_t*)std::aligned_alloc(64, size));
+    }
+    return memory.get();
+}
+
+// Row by row and 64 channels at a time. First the columns that the row needs, padding included, are brought into the
+// form in which four rows of the window stand side by side; then each pixel is a sum over the columns of its window.
+// QUADS, KERNEL: size of the window where it is known, in groups of four rows and in columns; 0: any.
+template <int QUADS, int KERNEL, bool PLAIN>
+void depthwise_row(const Depthwise& c, const uint8_t* base, const uint8_t* padding, const int64_t* rows,
+                   const int8_t* weights, int64_t chunk, int64_t count, const Limits& limits, uint8_t* to,
+                   int64_t to_step) {
+    const Finish& f = c.finish;
+    const int64_t kernel = KERNEL ? KERNEL : c.columns_of_window, stride = c.stride, dilation = c.dilation;
+    const int64_t first = -c.padding_left, last = (c.width - 1) * stride + (kernel - 1) * dilation - c.padding_left;
+    const __mmask64 mask = first_bytes(count);
+    const int64_t quads = QUADS ? QUADS : (c.rows_of_window + 3) / 4;
+    int8_t* ready = (int8_t*)scratch((last - first + 1) * quads * 256);
+    for (int64_t q = 0; q < quads; q++) {
+        const uint8_t* row[4];
+        int64_t step[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const bool here = 4 * q + i < c.rows_of_window && rows[4 * q + i] >= 0;
+            row[i] = here ? base + rows[4 * q + i] : padding;  // behind the last row, weights are zero
+            step[i] = here ? c.source.pixel : 0;
+        }
+        __m512i taps[4], vectors[4];
+        taps[0] = taps[1] = taps[2] = taps[3] = _mm512_loadu_si512(padding);
+        interleave(taps, vectors);
+        for (int64_t j = first; j <= last; j++) {
+            if (j >= 0 && j < c.source_width) continue;
+            UNROLL for (int v = 0; v < 4; v++)
+                _mm512_store_si512(ready + ((j - first) * quads + q) * 256 + 64 * v, vectors[v]);
+        }
+        int8_t* into = ready + (-first * quads + q) * 256;
+        const bool three = 4 * q + 3 >= c.rows_of_window;
+        for (int64_t j = 0; j < c.source_width && j <= last; j++, into += quads * 256) {
+            UNROLL for (int i = 0; i < 3; i++) taps[i] = _mm512_maskz_loadu_epi8(mask, row[i] + j * step[i]);
+            taps[3] = three ? taps[2] : _mm512_maskz_loadu_epi8(mask, row[3] + j * step[3]);
+            interleave(taps, vectors);
+            UNROLL for (int v = 0; v < 4; v++) _mm512_store_si512(into + 64 * v, vectors[v]);
+        }
+    }
+    __m512 scale[4], bias[4];
+    UNROLL for (int v = 0; v < 4; v++) {
+        scale[v] = _mm512_loadu_ps(f.scale + 64 * chunk + 16 * v);
+        bias[v] = _mm512_loadu_ps(f.bias + 64 * chunk + 16 * v);
+    }
+    const __m512 inverse = limits.inverse;
+    const __m512i zero = limits.zero, low = limits.low, high = limits.high;
+    const int64_t window_step = dilation * quads * 256;
+    constexpr int HELD = KERNEL == 3 && QUADS == 1 ? 12 : 0;  // weights that stay in registers
+    __m512i held[HELD ? HELD : 1];
+    UNROLL for (int i = 0; i < HELD; i++) held[i] = _mm512_load_si512(weights + 64 * i);
+    for (int64_t x = 0; x < c.width; x++, to += to_step) {
+        __m512i sums[4];
+        UNROLL for (int v = 0; v < 4; v++) sums[v] = _mm512_setzero_si512();
+        const int8_t* column = ready + x * stride * quads * 256;
+        const int8_t* w = weights;
+        if constexpr (HELD > 0) {
+            UNROLL for (int k = 0; k < KERNEL; k++)
+                UNROLL for (int v = 0; v < 4; v++)
+                    sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_load_si512(column + k * window_step + 64 * v),
+                                                  held[4 * k + v]);
+        } else for (int64_t k = 0; k < kernel; k++, column += window_step) {
+            const int8_t* quad = column;
+            for (int64_t q = 0; q < quads; q++, quad += 256, w += 256) {
+                UNROLL for (int v = 0; v < 4; v++)
+                    sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_load_si512(quad + 64 * v),
+                                                  _mm512_load_si512(w + 64 * v));
+            }
+        }
+        __m512 values[4];
+        UNROLL for (int v = 0; v < 4; v++) values[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[v]), scale[v], bias[v]);
+        if (!PLAIN && f.activation != NONE)
+            UNROLL for (int v = 0; v < 4; v++)
+                values[v] = activate(values[v], f.activation, (float)f.argument0, (float)f.argument1);
+        if (PLAIN || f.kind == BYTES) {
+            __m512i q[4];
+            UNROLL for (int v = 0; v < 4; v++) q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(values[v], inverse));
+            store_bytes(to, narrow(q, zero, low, high), count);
+        } else {
+            alignas(64) float numbers[64];
+            UNROLL for (int v = 0; v < 4; v++) {
+                _mm_store_ps(numbers + 4 * v, _mm512_extractf32x4_ps(values[v], 0));
+                _mm_store_ps(numbers + 16 + 4 * v, _mm512_extractf32x4_ps(values[v], 1));
+                _mm_store_ps(numbers + 32 + 4 * v, _mm512_extractf32x4_ps(values[v], 2));
+                _mm_store_ps(numbers + 48 + 4 * v, _mm512_extractf32x4_ps(values[v], 3));
+            }
+            std::memcpy(to, numbers, 4 * count);
+        }
+    }
+}
+
+void convolve_depthwise(const Depthwise& c, uint8_t* const* buffers, int thread, int threads) {
+    const Finish& f = c.finish;
+    const Limits limits(f.inverse, f.zero, f.low, f.high);
+    const int64_t quads = (c.rows_of_window + 3) / 4, size = f.kind == FLOAT ? 4 : 1;
+    const int64_t chunks = (c.channels + 63) / 64, lines = c.images * c.height, total = chunks * lines;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t chunk = work % chunks, line = work / chunks, image = line / c.height, row = line % c.height;
+        const uint8_t* base = buffers[c.source.buffer] + c.source.offset + image * c.source.image + 64 * chunk;
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
+                      row * c.width * c.result.pixel + 64 * chunk * size;
+        const bool plain = f.kind == BYTES && f.activation == NONE;
+        const auto run = quads == 1 && c.columns_of_window == 3   ? plain ? depthwise_row<1, 3, true> : depthwise_row<1, 3, false>
+                         : quads == 2 && c.columns_of_window == 5 ? plain ? depthwise_row<2, 5, true> : depthwise_row<2, 5, false>
+                                                                  : depthwise_row<0, 0, false>;
+        run(c, base, c.padding, c.rows + row * c.rows_of_window, c.weights + chunk * c.columns_of_window * quads * 256,
+            chunk, std::min<int64_t>(64, c.channels - 64 * chunk), limits, to, c.result.pixel);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- pooling
+
+void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
+    const int64_t size = c.kind == FLOAT ? 4 : 1, pixels = c.images * c.height * c.width;
+    const int64_t vectors = (c.channels + 15) / 16, wide = c.average ? 16 : 64;
+    const int64_t chunks = (c.channels + wide - 1) / wide, total = chunks * pixels;
+    const Limits limits(1.0, c.zero, c.low, c.high);
+    (void)vectors;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t pixel = work / chunks, chunk = work % chunks;
+        const int64_t image = pixel / (c.height * c.width), row = pixel / c.width % c.height, column = pixel % c.width;
+        const int64_t count = std::min<int64_t>(wide, c.channels - wide * chunk);
+        const uint8_t* base = buffers[c.source.buffer] + c.source.offset + image * c.source.image + wide * chunk;
+        const int64_t* rows = c.rows + row * c.rows_of_window;
+        const int64_t* columns = c.columns + column * c.columns_of_window;
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
+                      (row * c.width + column) * c.result.pixel + wide * chunk * size;
+        if (!c.average) {
+            const __mmask64 mask = first_bytes(count);
+            __m512i best = _mm512_setzero_si512();
+            for (int64_t y = 0; y < c.rows_of_window; y++) {
+                if (rows[y] == OUTSIDE) continue;
+                for (int64_t x = 0; x < c.columns_of_window; x++)
+                    if (columns[x] != OUTSIDE)
+                        best = _mm512_max_epu8(best, _mm512_maskz_loadu_epi8(mask, base + rows[y] + columns[x]));
+            }
+            store_bytes(to, best, count);
+            continue;
+        }
+        const __mmask16 mask = first_floats(count);
+        __m512i sum = _mm512_setzero_si512();
+        int64_t inside = 0;
+        for (int64_t y = 0; y < c.rows_of_window; y++) {
+            if (rows[y] == OUTSIDE) continue;
+            for (int64_t x = 0; x < c.columns_of_window; x++)
+                if (columns[x] != OUTSIDE) {
+                    inside++;
+                    sum = _mm512_add_epi32(
+                        sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, base + rows[y] + columns[x])));
+                }
+        }
+        const int64_t divisor = c.count_padding ? c.rows_of_window * c.columns_of_window : inside;
+        const float zero = (float)(inside * c.source_zero), factor = (float)(c.factor / (double)divisor);
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(zero)), _mm512_set1_ps(factor));
+        if (c.kind == FLOAT) {
+            _mm512_mask_storeu_ps((float*)to, mask, y);
+        } else {
+            __m512i q[4] = {_mm512_cvtps_epi32(y), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                            _mm512_setzero_si512()};
+            __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+            _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(bytes));
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------- copies and entrance
+
+void enter(const Entrance& c, uint8_t* const* buffers, int thread, int threads) {
+    const float* source = (const float*)(buffers[c.source.buffer] + c.source.offset);
+    uint8_t* result = buffers[c.result.buffer] + c.result.offset;
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const int64_t lines = c.images * c.height;
+    const bool side_by_side = c.stride_channel == 1 && c.stride_column == c.channels;
+    for (int64_t line = lines * thread / threads; line < lines * (thread + 1) / threads; line++) {
+        const int64_t image = line / c.height, row = line % c.height;
+        const float* from = source + image * c.stride_image + row * c.stride_row;
+        uint8_t* to = result + image * c.result.image + row * c.result_row;
+        auto bytes = [&](__m512 x) {
+            __m512i q[4] = {_mm512_cvtps_epi32(_mm512_mul_ps(x, limits.inverse)), _mm512_setzero_si512(),
+                            _mm512_setzero_si512(), _mm512_setzero_si512()};
+            return _mm512_castsi512_si128(in_order(narrow(q, limits.zero, limits.low, limits.high)));
+        };
+        if (side_by_side) {
+            const int64_t count = c.width * c.channels;
+            for (int64_t i = 0; i < count; i += 16) {
+                const __mmask16 mask = first_floats(count - i);
+                _mm_mask_storeu_epi8(to + i, mask, bytes(_mm512_maskz_loadu_ps(mask, from + i)));
+            }
+            continue;
+        }
+#ifdef __AVX512VBMI__
+        if (c.channels == 3 && c.stride_column == 1) {
+            alignas(64) uint8_t order[64] = {};
+            for (int i = 0; i < 48; i++) order[i] = (uint8_t)(i % 3 * 16 + i / 3);
+            for (int64_t x = 0; x < c.width; x += 16) {
+                const __mmask16 mask = first_floats(c.width - x);
+                __m512i q[4];
+                UNROLL for (int i = 0; i < 3; i++)
+                    q[i] = _mm512_cvtps_epi32(
+                        _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + x + i * c.stride_channel), limits.inverse));
+                q[3] = _mm512_setzero_si512();
+                const __m512i planes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+                store_bytes(to + 3 * x, _mm512_permutexvar_epi8(_mm512_load_si512(order), planes),
+                            std::min<int64_t>(48, 3 * (c.width - x)));
+            }
+            continue;
+        }
+#endif
+        for (int64_t x = 0; x < c.width; x += 16) {
+            const int64_t count = std::min<int64_t>(16, c.width - x);
+            const __mmask16 mask = first_floats(count);
+            for (int64_t channel = 0; channel < c.channels; channel++) {
+                const float* start = from + x * c.stride_column + channel * c.stride_channel;
+                alignas(16) uint8_t piece[16];
+                __m512 numbers;
+                if (c.stride_column == 1) {
+                    numbers = _mm512_maskz_loadu_ps(mask, start);
+                } else {
+                    alignas(64) float gathered[16] = {};
+                    for (int64_t i = 0; i < count; i++) gathered[i] = start[i * c.stride_column];
+                    numbers = _mm512_load_ps(gathered);
+                }
+                _mm_store_si128((__m128i*)piece, bytes(numbers));
+                for (int64_t i = 0; i < count; i++) to[(x + i) * c.channels + channel] = piece[i];
+            }
+        }
+    }
+}
+
+void interleave_rows(const uint8_t* row, int64_t other, int64_t count, uint8_t* to) {
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int64_t i = 0; i < count; i += 64) {
+        const __mmask64 mask = first_bytes(count - i);
+        const __m512i a = _mm512_maskz_loadu_epi8(mask, row + i), b = _mm512_maskz_loadu_epi8(mask, row + other + i);
+        const __m512i x = _mm512_unpacklo_epi8(a, b), y = _mm512_unpackhi_epi8(a, b);
+        store_bytes(to + 2 * i, _mm512_permutex2var_epi64(x, low, y), 2 * (count - i));
+        if (count - i > 32) store_bytes(to + 2 * i + 64, _mm512_permutex2var_epi64(x, high, y), 2 * (count - i) - 64);
+    }
+}
+
+void copy(const Copy& c, uint8_t* const* buffers, int thread, int threads) {
+    const uint8_t* source = buffers[c.source.buffer] + c.source.offset;
+    uint8_t* result = buffers[c.result.buffer] + c.result.offset;
+    if (c.bytes == 1 && c.sizes[3] == 2 && c.to[3] == 1 && c.to[2] == 2 && c.from[2] == 1) {
+        const int64_t lines = c.sizes[0] * c.sizes[1];  // two rows of bytes into one, in turn: a channel shuffle
+        for (int64_t work = lines * thread / threads; work < lines * (thread + 1) / threads; work++) {
+            const int64_t j = work % c.sizes[1], i = work / c.sizes[1];
+            interleave_rows(source + i * c.from[0] + j * c.from[1], c.from[3], c.sizes[2],
+                            result + i * c.to[0] + j * c.to[1]);
+        }
+        return;
+    }
+    const int64_t total = c.sizes[0] * c.sizes[1] * c.sizes[2];
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t k = work % c.sizes[2], j = work / c.sizes[2] % c.sizes[1], i = work / c.sizes[2] / c.sizes[1];
+        const uint8_t* from = source + i * c.from[0] + j * c.from[1] + k * c.from[2];
+        uint8_t* to = result + i * c.to[0] + j * c.to[1] + k * c.to[2];
+        if (c.bytes == 1) {
+            for (int64_t l = 0; l < c.sizes[3]; l++) to[l * c.to[3]] = from[l * c.from[3]];
+        } else if (c.bytes == 4) {
+            for (int64_t l = 0; l < c.sizes[3]; l++) std::memcpy(to + l * c.to[3], from + l * c.from[3], 4);
+        } else {
+            for (int64_t l = 0; l < c.sizes[3]; l++) std::memcpy(to + l * c.to[3], from + l * c.from[3], c.bytes);
+        }
+    }
+}
+
+void fill(const Fill& c, uint8_t* const* buffers, int thread, int threads) {
+    uint8_t* result = buffers[c.result.buffer] + c.result.offset;
+    const int64_t from = c.bytes * thread / threads, to = c.bytes * (thread + 1) / threads;
+    std::memset(result + from, (int)c.value, to - from);
+}
+
+// ------------------------------------------------------------------------------------------------------ pointwise
+
+void load(const Operand& o, const uint8_t* base, int64_t image, int64_t pixel, int64_t pixels, int64_t channel,
+          int64_t channels, float* to) {
+    const int64_t count = pixels * channels;
+    if (o.shape == 3) {
+        for (int64_t i = 0; i < count; i++) to[i] = o.numbers[0];
+        return;
+    }
+    for (int64_t p = 0; p < pixels; p++, to += channels) {
+        const int64_t width = o.shape == 0 && o.place.pixel == channels * (o.kind == FLOAT ? 4 : 1) ? count : channels;
+        if (o.shape == 2) {
+            std::memcpy(to, o.numbers + channel, 4 * channels);
+        } else {
+            const uint8_t* from = base + image * o.place.image + (o.shape == 0 ? (pixel + p) * o.place.pixel : 0) +
+                                  channel * (o.kind == FLOAT ? 4 : 1);
+            if (o.kind == FLOAT) {
+                std::memcpy(to, from, 4 * width);
+            } else {
+                const __m512 scale = _mm512_set1_ps((float)o.scale), shift = _mm512_set1_ps((float)o.shift);
+                for (int64_t i = 0; i < width; i += 16) {
+                    const __mmask16 mask = first_floats(width - i);
+                    __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i)));
+                    _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(x, scale, shift));
+                }
+            }
+            if (width == count && o.shape == 0) return;
+        }
+    }
+}
+
+void operate(const Operation& o, float registers[][CHUNK], float* to, int64_t count) {
+    const float *a = registers[o.first], *b = registers[o.second];
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m512 x = _mm512_load_ps(a + i), y = _mm512_load_ps(b + i);
+        __m512 z;
+        switch (o.code) {
+            case ADD: z = _mm512_add_ps(x, y); break;
+            case SUBTRACT: z = _mm512_sub_ps(x, y); break;
+            case MULTIPLY: z = _mm512_mul_ps(x, y); break;
+            case DIVIDE: z = _mm512_div_ps(x, y); break;
+            default: z = activate(x, (int64_t)o.second, (float)o.argument0, (float)o.argument1);
+        }
+        _mm512_store_ps(to + i, z);
+    }
+}
+
+void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const int64_t together = std::max<int64_t>(1, CHUNK / c.channels);  // pixels of a chunk
+    const int64_t width = std::min<int64_t>(CHUNK, c.channels);         // channels of a chunk
+    const int64_t groups = (c.pixels + together - 1) / together, pieces = (c.channels + width - 1) / width;
+    const int64_t total = c.images * groups * pieces, size = c.kind == FLOAT ? 4 : 1;
+    alignas(64) float registers[MAX_OPERATIONS][CHUNK];
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t piece = work % pieces, group = work / pieces % groups, image = work / pieces / groups;
+        const int64_t pixel = group * together, pixels = std::min(together, c.pixels - pixel);
+        const int64_t channel = piece * width, channels = std::min(width, c.channels - channel);
+        const int64_t count = pixels * channels;
+        for (int64_t i = 0; i < c.operations; i++) {
+            const Operation& o = c.operation[i];
+            if (o.code == LOAD) {
+                const Operand& from = c.operand[o.first];
+                const uint8_t* base = from.shape < 2 ? buffers[from.place.buffer] + from.place.offset : nullptr;
+                load(from, base, image, pixel, pixels, channel, channels, registers[i]);
+            } else {
+                operate(o, registers, registers[i], count);
+            }
+        }
+        const float* last = registers[c.operations - 1];
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image + pixel * c.result.pixel +
+                      channel * size;
+        const bool flat = c.result.pixel == channels * size;
+        for (int64_t p = 0; p < (flat ? 1 : pixels); p++, to += c.result.pixel, last += channels) {
+            const int64_t numbers = flat ? count : channels;
+            if (c.kind == FLOAT) {
+                std::memcpy(to, last, 4 * numbers);
+                continue;
+            }
+            for (int64_t i = 0; i < numbers; i += 64) {
+                __m512i q[4];
+                UNROLL for (int v = 0; v < 4; v++) {
+                    const __m512 x = _mm512_maskz_loadu_ps(first_floats(numbers - i - 16 * v), last + i + 16 * v);
+                    q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(x, limits.inverse));
+                }
+                store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), numbers - i);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- normalization
+
+void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const int64_t size = c.kind == FLOAT ? 4 : 1, vectors = (c.channels + 15) / 16;
+    const __mmask16 tail = first_floats(c.channels - 16 * (vectors - 1));
+    auto part = [&](int64_t v) -> __mmask16 { return v + 1 < vectors ? (__mmask16)0xFFFF : tail; };
+    for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
+        const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t v = 0; v < vectors; v++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(part(v), from + 16 * v));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)c.channels);
+        for (int64_t v = 0; v < vectors; v++) {
+            const __m512 x = _mm512_maskz_sub_ps(part(v), _mm512_maskz_loadu_ps(part(v), from + 16 * v), mean);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        const float variance = _mm512_reduce_add_ps(squares) / (float)c.channels;
+        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(variance + (float)c.epsilon));
+        auto value = [&](int64_t v) {
+            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(part(v), from + 16 * v), mean);
+            return _mm512_fmadd_ps(_mm512_mul_ps(x, factor), _mm512_load_ps(c.scale + 16 * v),
+                                   _mm512_load_ps(c.shift + 16 * v));
+        };
+        if (c.kind == FLOAT) {
+            for (int64_t v = 0; v < vectors; v++) _mm512_mask_storeu_ps((float*)to + 16 * v, part(v), value(v));
+            continue;
+        }
+        for (int64_t v = 0; v < vectors; v += 4) {
+            __m512i q[4];
+            UNROLL for (int i = 0; i < 4; i++)
+                q[i] = v + i < vectors ? _mm512_cvtps_epi32(_mm512_mul_ps(value(v + i), limits.inverse))
+                                       : _mm512_setzero_si512();
+            store_bytes(to + 16 * v * size, in_order(narrow(q, limits.zero, limits.low, limits.high)),
+                        c.channels - 16 * v);
+        }
+    }
+}
+
+// Steps take a few microseconds, so that threads wait for each other awake; where there are more threads than cores,
+// one that waits for long makes room.
+struct Barrier {
+    std::atomic<int64_t> arrived{0};
+
+    void wait(int threads, int64_t times) {
+        const int64_t all = times * threads;
+        arrived.fetch_add(1, std::memory_order_acq_rel);
+        for (int64_t turns = 0; arrived.load(std::memory_order_acquire) < all; turns++) {
+            if (turns < 20000)
+                _mm_pause();
+            else
+                sched_yield();
+        }
+    }
+};
+
+void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threads) {
+    switch (*step) {
+        case CONVOLUTION: return convolve(*(const Convolution*)step, buffers, thread, threads);
+        case DEPTHWISE: return convolve_depthwise(*(const Depthwise*)step, buffers, thread, threads);
+        case POOLING: return pool(*(const Pooling*)step, buffers, thread, threads);
+        case ENTRANCE: return enter(*(const Entrance*)step, buffers, thread, threads);
+        case COPY: return copy(*(const Copy*)step, buffers, thread, threads);
+        case FILL: return fill(*(const Fill*)step, buffers, thread, threads);
+        case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
+        case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of each kind of step, for the other side to compare with its own.
+int64_t fxc_size(int64_t op) {
+    switch (op) {
+        case CONVOLUTION: return sizeof(Convolution);
+        case DEPTHWISE: return sizeof(Depthwise);
+        case POOLING: return sizeof(Pooling);
+        case ENTRANCE: return sizeof(Entrance);
+        case COPY: return sizeof(Copy);
+        case FILL: return sizeof(Fill);
+        case POINTWISE: return sizeof(Pointwise);
+        case NORMALIZATION: return sizeof(Normalization);
+    }
+    return 0;
+}
+
+void fxc_run(const int64_t* const* steps, int64_t count, uint8_t* const* buffers, int64_t threads) {
+    if (threads == 1) {
+        for (int64_t i = 0; i < count; i++) execute(steps[i], buffers, 0, 1);
+        return;
+    }
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        for (int64_t i = 0; i < count; i++) {
+            execute(steps[i], buffers, thread, all);
+            if (i + 1 < count) barrier.wait(all, i + 1);
+        }
+    }
+}
+}

@@ -1,0 +1,887 @@
+"""From a lowered graph, with the shapes of one call, to a plan: steps for the kernels, and places for all values.
+
+Each node becomes steps, a view of what another node made, or, where there are no kernels for it, a call of the same
+function or module in Python, on tensors that lie in the plan's memory.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from fxcompress.emit.cpu_int8 import (
+    Dequantize,
+    Int8Add,
+    Int8AvgPool,
+    Int8Conv,
+    Int8Layer,
+    Int8Linear,
+    Int8MaxPool,
+    Int8Mul,
+    Quantize,
+    activation_of,
+)
+from fxcompress.emit.cpu_numbers import channels_last_strides, inverse
+from fxcompress.emit.native import packing, steps
+from fxcompress.emit.native.memory import Buffer, View, extent, meta_tensor
+from fxcompress.graph import edit, ops
+from fxcompress.quant.spec import Grid
+
+#: Kinds whose result is, or can be, a view of their input.
+_VIEWS = frozenset(
+    {"flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind",
+     "narrow", "select", "unflatten", "expand", "expand_as", "view_as", "identity", "dropout"}
+)  # fmt: skip
+
+_ARITHMETIC = {"add": steps.ADD, "sub": steps.SUBTRACT, "mul": steps.MULTIPLY, "div": steps.DIVIDE}
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class Unplanned(Exception):
+    """There are no kernels for a node; it is run by Python."""
+
+
+@dataclass(frozen=True)
+class PythonCall:
+    """A node that Python runs. `arguments` holds views in the places of tensors; `results` are views in order."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: list[View]
+    name: str
+
+
+@dataclass
+class Plan:
+    """What a call does, item by item, and what it needs.
+
+    items: steps and Python calls. inputs: views of the tensor arguments, in order. output: the graph's output, with
+    views in the places of tensors. keep: tensors whose addresses are written in steps.
+    constants: buffers that are tensors of the model.
+    """
+
+    items: list[steps.Step | PythonCall] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    inputs: list[View] = field(default_factory=list)
+    output: Any = None
+    keep: list[torch.Tensor] = field(default_factory=list)
+    constants: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def make_plan(graph_module: fx.GraphModule, recorded: dict[fx.Node, Any], packed: dict[Any, Any]) -> Plan:
+    """Plan the calls of a lowered graph whose inputs have certain shapes.
+
+    Args:
+        graph_module: the graph.
+        recorded: what each node made in a call with such inputs; tensors without memory (`meta`) for tensors.
+        packed: weights that were packed for other shapes, by layer; filled here.
+    """
+    return _Planner(graph_module, recorded, packed).run()
+
+
+class _Planner:
+    def __init__(self, graph_module: fx.GraphModule, recorded: dict[fx.Node, Any], packed: dict[Any, Any]) -> None:
+        self.graph_module, self.recorded, self.packed = graph_module, recorded, packed
+        self.plan = Plan()
+        self.values: dict[fx.Node, Any] = {}
+        self.node: fx.Node = next(iter(graph_module.graph.nodes))
+
+    def run(self) -> Plan:
+        for node in self.graph_module.graph.nodes:
+            self.node = node
+            self.values[node] = self._visit(node)
+        return self.plan
+
+    def _visit(self, node: fx.Node) -> Any:
+        value = self.recorded.get(node)
+        if node.op == "placeholder":
+            return self._input(value)
+        if node.op == "get_attr":
+            return self._constant(edit.attribute(self.graph_module, str(node.target)))
+        if node.op == "output":
+            return self._output(node)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            return value  # sizes, and what is computed of them: fixed by the shapes that the plan is for
+        try:
+            return self._native(node)
+        except Unplanned:
+            return self._python(node, value)
+
+    def _native(self, node: fx.Node) -> Any:
+        module: Any = ops.submodule(node) if node.op == "call_module" else None
+        if module is not None:
+            handler = _MODULES.get(type(module))
+            if handler is None:
+                raise Unplanned
+            return handler(self, module, *self._arguments(node.args))
+        kind = ops.kind(node)
+        if kind in _VIEWS:
+            return self._view(node)
+        if kind == "cat":
+            given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
+            return self._cat(list(given["tensors"]), int(given["dim"]))
+        return self._function(node, kind)
+
+    def _arguments(self, arguments: Any) -> Any:
+        return fx.map_arg(arguments, lambda node: self.values[node])
+
+    # Values that come from outside, and those that leave
+
+    def _input(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        view = View(self._buffer("input", extent(value)), value)
+        self.plan.inputs.append(view)
+        return view
+
+    def _constant(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        view = View(self._buffer("constant", extent(value)), value.detach().to("meta"))
+        if view.meta.stride() != value.stride():
+            view = view.other(meta_tensor(value.shape, value.dtype, value.stride()))
+        self.plan.constants[view.buffer.index] = value.detach()
+        return view
+
+    def _output(self, node: fx.Node) -> None:
+        self.plan.output = self._arguments(node.args[0])
+        for leaf in tree_leaves(self.plan.output):
+            if isinstance(leaf, View):
+                leaf.buffer.touch(len(self.plan.items))
+                if leaf.buffer.place == "arena":
+                    leaf.buffer.place = "output"
+
+    def _python(self, node: fx.Node, value: Any) -> Any:
+        arguments, keywords = self._arguments(node.args), self._arguments(node.kwargs)
+        if node.op == "call_module":
+            function: Callable[..., Any] = self.graph_module.get_submodule(str(node.target))
+        elif node.op == "call_method":
+            function = operator.methodcaller(str(node.target), *arguments[1:], **keywords)
+            if any(isinstance(leaf, View) for leaf in tree_leaves((arguments[1:], keywords))):
+                function = getattr(torch.Tensor, str(node.target))
+            else:
+                arguments, keywords = arguments[:1], {}
+        else:
+            function = cast("Callable[..., Any]", node.target)
+        leaves, structure = tree_flatten(value)
+        results = [
+            View(self._buffer("python", extent(leaf)), leaf) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in leaves
+        ]
+        item = len(self.plan.items)
+        for leaf in (*tree_leaves((arguments, keywords)), *results):
+            if isinstance(leaf, View):
+                leaf.buffer.touch(item)
+        made = [leaf for leaf in results if isinstance(leaf, View)]
+        self._add(PythonCall(function, arguments, keywords, made, node.name))
+        return structure.unflatten(results)
+
+    def _add(self, item: steps.Step | PythonCall) -> None:
+        self.plan.items.append(item)
+        self.plan.names.append(self.node.name)
+
+    # Memory
+
+    def _buffer(self, place: str, size: int) -> Buffer:
+        buffer = Buffer(len(self.plan.buffers), place, size)
+        self.plan.buffers.append(buffer)
+        return buffer
+
+    def _new(self, shape: Sequence[int], dtype: torch.dtype, images: bool = False) -> View:
+        """A new value; `images` for one whose channels shall lie side by side."""
+        meta = meta_tensor(shape, dtype, channels_last_strides(shape) if images else None)
+        return View(self._buffer("arena", extent(meta)), meta)
+
+    def _emit(self, step: steps.Step, *views: View) -> None:
+        step.op = step.number
+        for view in views:
+            view.buffer.touch(len(self.plan.items))
+        self._add(step)
+
+    def _kept(self, tensor: torch.Tensor) -> Any:
+        self.plan.keep.append(tensor)
+        return packing.address(tensor)
+
+    # Views and copies
+
+    def _view(self, node: fx.Node) -> Any:
+        tensors = [self.values[one] for one in node.all_input_nodes if isinstance(self.values[one], View)]
+        if not tensors:  # a piece of a split
+            container, index = self._arguments(node.args)
+            return container[index]
+        if len(tensors) != 1:
+            raise Unplanned
+        if ops.kind(node) in ("identity", "dropout"):
+            return tensors[0]
+        found = self._seen(node, tensors[0])
+        if found is not None:
+            return found
+        copied = self._reshaped_images(tensors[0], self.recorded[node])
+        return copied if copied is not None else self._seen(node, self._contiguous(tensors[0]))
+
+    def _reshaped_images(self, view: View, result: Any) -> View | None:
+        """Images in a new shape that need a copy, with their channels side by side; None if these are none.
+
+        The copy is done in the shape of the source, so that only dimensions may be joined that the result can split.
+        """
+        if not isinstance(result, torch.Tensor) or result.ndim != 4 or view.meta.stride(-1) == 1:
+            return None
+        copy = self._new(result.shape, result.dtype, images=True)
+        try:
+            split = copy.meta.view(view.meta.shape)
+        except RuntimeError:
+            return None
+        self._copy(view, copy.other(split))
+        return copy
+
+    def _seen(self, node: fx.Node, view: View) -> Any:
+        """The node's result as a view of its only tensor; None if it would need a copy."""
+        replace = lambda value: view.meta if isinstance(value, View) else value  # noqa: E731
+        arguments, keywords = tree_map(replace, self._arguments((node.args, node.kwargs)), is_leaf=_is_view)
+        if node.op == "call_method":
+            result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        else:
+            result = cast("Callable[..., Any]", node.target)(*arguments, **keywords)
+        leaves, structure = tree_flatten(result)
+        if any(leaf.untyped_storage()._cdata != view.meta.untyped_storage()._cdata for leaf in leaves):
+            return None
+        return structure.unflatten([view.other(leaf) for leaf in leaves])
+
+    def _contiguous(self, view: View) -> View:
+        copy = self._new(view.meta.shape, view.meta.dtype)
+        self._copy(view, copy)
+        return copy
+
+    def _copy(self, source: View, result: View) -> None:
+        """Copy between views of one shape."""
+        size = source.meta.element_size()
+        steps_ = sorted(
+            zip(source.meta.shape, source.strides(), result.strides(), strict=True), key=lambda one: -one[2]
+        )
+        dims: list[tuple[int, int, int]] = []
+        for count, from_, to in steps_:
+            if count == 1:
+                continue
+            if dims and dims[-1][1] == from_ * count and dims[-1][2] == to * count:
+                dims[-1] = (dims[-1][0] * count, from_, to)
+            else:
+                dims.append((count, from_, to))
+        piece = size
+        if dims and dims[-1][1:] == (size, size):
+            piece = dims.pop()[0] * size
+        if len(dims) > 4:
+            raise Unplanned
+        dims = [(1, 0, 0)] * (4 - len(dims)) + dims
+        in_turn = dims[-1][::2] == (2, 1) and dims[-2][1:] == (1, 2)  # the kernel has a loop of its own for it
+        if dims[-1][0] < dims[-2][0] and not in_turn:  # threads share the outer loops
+            dims = [*dims[:-2], dims[-1], dims[-2]]
+        step = steps.Copy(source=_place(source), result=_place(result), bytes=piece)
+        for index, (count, from_, to) in enumerate(dims):
+            step.sizes[index], step.from_[index], step.to[index] = count, from_, to
+        self._emit(step, source, result)
+
+    def _cat(self, views: list[Any], dim: int) -> View:
+        if not all(isinstance(view, View) for view in views) or len({view.meta.dtype for view in views}) > 1:
+            raise Unplanned
+        views = [view for view in views if view.meta.numel()]
+        shape = list(views[0].meta.shape)
+        dim = dim % len(shape)
+        shape[dim] = sum(view.meta.shape[dim] for view in views)
+        result = self._new(shape, views[0].meta.dtype, images=_side_by_side(views[0].meta))
+        start = 0
+        for view in views:
+            count = view.meta.shape[dim]
+            self._copy(view, result.other(result.meta.narrow(dim, start, count)))
+            start += count
+        return result
+
+    def _image(self, view: View, room: int = 0) -> View:
+        """A value (images, channels, height, width) whose channels lie side by side, with `room` bytes behind it."""
+        meta = view.meta
+        if meta.ndim != 4 or meta.dtype != torch.uint8:
+            raise Unplanned
+        outside = room > 0 and view.buffer.place != "arena"
+        if not outside and (meta.stride(1) == 1 or meta.shape[1] == 1):
+            return view
+        copy = self._new(meta.shape, meta.dtype, images=True)
+        self._copy(view, copy)
+        return copy
+
+    # Layers
+
+    def _conv(self, module: Int8Conv, x: View, residual: View | None = None) -> View:
+        if len(module.stride) == 1:
+            lifted = None if residual is None else residual.other(residual.meta.unsqueeze(2))
+            result = self._conv2d(module, x.other(x.meta.unsqueeze(2)), lifted, _flat_geometry(module))
+            return result.other(result.meta.squeeze(2))
+        if len(module.stride) != 2:
+            raise Unplanned
+        geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return self._conv2d(module, x, residual, geometry)
+
+    def _conv2d(self, module: Int8Conv, x: View, residual: View | None, geometry: tuple[list[int], ...]) -> View:
+        if x.meta.ndim != 4 or x.meta.numel() == 0:
+            raise Unplanned
+        kernel, stride, padding, dilation = geometry
+        shape = [x.meta.shape[0], module.out_channels]
+        for index in range(2):
+            reach = dilation[index] * (kernel[index] - 1) + 1
+            shape.append((x.meta.shape[2 + index] + 2 * padding[index] - reach) // stride[index] + 1)
+        if residual is not None:
+            residual = self._residual(residual, shape)
+        result = self._result(module, shape, residual)
+        if module.groups == module.in_channels == module.out_channels > 1 and residual is None:
+            self._depthwise(module, x, result, geometry)
+            return result
+        channels = module.in_channels // module.groups
+        in_rows = module.groups == 1 and channels % packing.DEPTH != 0 and kernel[1] > 1 and dilation[1] == 1
+        if in_rows:  # a row of the window is one run of bytes
+            x, padding = self._padded(x, padding, module.input.zero_point), [0, 0]
+        else:
+            x = self._image(x, channels % packing.DEPTH)
+        key = (module, "rows" if in_rows else "taps")
+        if key not in self.packed:
+            self.packed[key] = _packed_convolution(module, kernel, in_rows)
+        weights, groups, joined, run, bias, scale = self.packed[key]
+        row, column = x.strides()[2], x.strides()[3]
+        rows = packing.windows(x.meta.shape[2], kernel[0], stride[0], padding[0], dilation[0], shape[2], row)
+        places = 1 if in_rows else kernel[1]
+        columns = packing.windows(x.meta.shape[3], places, stride[1], padding[1], dilation[1], shape[3], column)
+        step = steps.Convolution(
+            source=_place(x), result=_place(result), images=shape[0], height=shape[2], width=shape[3],
+            channels=module.out_channels // groups, groups=groups, group_in=channels * joined,
+            group_out=module.out_channels // groups, rows_of_window=kernel[0], columns_of_window=places,
+            run=packing.rounded_up(run, packing.DEPTH), rows=self._kept(rows.contiguous()),
+            columns=self._kept(columns.contiguous()),
+            padding=self._kept(torch.full((run + packing.CHUNK,), module.input.zero_point, dtype=torch.uint8)),
+            weights=self._kept(weights), group_weights=weights.numel() // groups,
+            finish=self._finish(module, scale, bias, residual),
+        )  # fmt: skip
+        if kernel[0] * places > 1024:
+            raise Unplanned
+        self._emit(step, x, result, *([residual] if residual else []))
+        return result
+
+    def _residual(self, view: View, shape: Sequence[int]) -> View:
+        """What is added to images of a shape, with its channels side by side and its rows one after the other."""
+        meta = view.meta
+        if meta.shape != torch.Size(shape):
+            raise Unplanned
+        if meta.stride(1) == 1 and meta.stride(2) == meta.shape[3] * meta.stride(3):
+            return view
+        copy = self._new(shape, meta.dtype, images=True)
+        self._copy(view, copy)
+        return copy
+
+    def _padded(self, x: View, padding: Sequence[int], value: int) -> View:
+        """A copy of images with a margin."""
+        n, c, h, w = x.meta.shape
+        if not any(padding) and x.meta.stride(1) == 1 and x.meta.stride(3) == c and x.buffer.place == "arena":
+            return x
+        result = self._new((n, c, h + 2 * padding[0], w + 2 * padding[1]), torch.uint8, images=True)
+        if any(padding):
+            step = steps.Fill(result=_place(result), bytes=result.buffer.bytes, value=value)
+            self._emit(step, result)
+        inside = result.meta[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
+        self._copy(x, result.other(inside))
+        return result
+
+    def _depthwise(self, module: Int8Conv, x: View, result: View, geometry: tuple[list[int], ...]) -> None:
+        kernel, stride, padding, dilation = geometry
+        x = self._image(x)
+        if module not in self.packed:
+            bias = module._bias_with_zero_point()
+            zeros = torch.zeros(module.out_channels)
+            self.packed[module] = (
+                packing.depthwise(module.weight.view(module.out_channels, *kernel)),
+                packing.depthwise_vectors(zeros if bias is None else bias),
+                packing.depthwise_vectors(module.weight_scale.double() * module.input.scale),
+            )
+        weights, bias, scale = self.packed[module]
+        n, c, height, width = result.meta.shape
+        row = x.strides()[2]
+        rows = packing.windows(x.meta.shape[2], kernel[0], stride[0], padding[0], dilation[0], height, row)
+        step = steps.Depthwise(
+            source=_place(x), result=_place(result), images=n, height=height, width=width, channels=c,
+            rows_of_window=kernel[0], columns_of_window=kernel[1], source_width=x.meta.shape[3], stride=stride[1],
+            dilation=dilation[1], padding_left=padding[1], rows=self._kept(rows.contiguous()),
+            padding=self._kept(torch.full((packing.CHUNK,), module.input.zero_point, dtype=torch.uint8)),
+            weights=self._kept(weights), finish=self._finish(module, scale, bias, None),
+        )  # fmt: skip
+        self._emit(step, x, result)
+
+    def _linear(self, module: Int8Linear, x: View, residual: View | None = None) -> View:
+        shape = [*x.meta.shape[:-1], module.out_features]
+        if x.meta.numel() == 0 or (residual is not None and list(residual.meta.shape) != shape):
+            raise Unplanned
+        x = self._rows(x, module.in_features % packing.DEPTH)
+        result = self._result(module, shape, residual)
+        if module not in self.packed:
+            bias = module._bias_with_zero_point()
+            zeros = torch.zeros(module.out_features)
+            self.packed[module] = (
+                packing.convolution(module.weight[None, :, None, :]),
+                packing.vectors(zeros if bias is None else bias),
+                packing.vectors(module.weight_scale.double() * module.input.scale),
+            )
+        weights, bias, scale = self.packed[module]
+        count = x.meta.numel() // module.in_features
+        pixel = x.meta.stride(-2) if x.meta.ndim > 1 else module.in_features
+        step = steps.Convolution(
+            source=_place(x), result=_rows_place(result), images=1, height=1, width=count,
+            channels=module.out_features, groups=1, rows_of_window=1, columns_of_window=1,
+            run=packing.rounded_up(module.in_features, packing.DEPTH),
+            rows=self._kept(torch.zeros(1, dtype=torch.int64)),
+            columns=self._kept(torch.arange(count) * pixel),
+            padding=self._kept(torch.zeros(packing.CHUNK, dtype=torch.uint8)),
+            weights=self._kept(weights), group_weights=weights.numel(),
+            finish=self._finish(module, scale, bias, None if residual is None else self._rows(residual)),
+        )  # fmt: skip
+        self._emit(step, x, result, *([residual] if residual else []))
+        return result
+
+    def _rows(self, view: View, room: int = 0) -> View:
+        """A value (..., features) as (rows, features), with `room` bytes behind it."""
+        if room == 0 or view.buffer.place == "arena":
+            flat = view.meta.reshape(-1, view.meta.shape[-1])
+            shared = flat.untyped_storage()._cdata == view.meta.untyped_storage()._cdata
+            if shared and (flat.stride(1) == 1 or flat.shape[1] == 1):
+                return view.other(flat)
+        copy = self._contiguous(view)
+        return copy.other(copy.meta.view(-1, copy.meta.shape[-1]))
+
+    def _result(self, module: Int8Layer, shape: Sequence[int], residual: View | None) -> View:
+        dtype = torch.float32 if module.output is None else torch.uint8
+        strides = channels_last_strides(shape) if isinstance(module, Int8Conv) else None
+        fresh = meta_tensor(shape, dtype, strides)
+        if (
+            residual is not None
+            and module.overwrite
+            and residual.buffer.place == "arena"
+            and residual.meta.dtype == dtype
+            and residual.meta.stride() == fresh.stride()
+        ):
+            return residual
+        return View(self._buffer("arena", extent(fresh)), fresh)
+
+    def _finish(
+        self, module: Int8Layer, scale: torch.Tensor, bias: torch.Tensor, residual: View | None
+    ) -> steps.Finish:
+        finish = steps.Finish(
+            scale=self._kept(scale), bias=self._kept(bias), inverse=1.0, high=255, residual_kind=steps.NOTHING
+        )
+        word, *arguments = module.activation or ("none",)
+        grid = module.output
+        if grid is not None:
+            finish.kind, finish.inverse, finish.zero = steps.BYTES, inverse(grid.scale), grid.zero_point
+            finish.low, finish.high = grid.quant_min, grid.quant_max
+        if word == "clamp":
+            low, high = arguments
+            if grid is None:
+                finish.activation = steps.ACTIVATIONS["clamp"]
+                finish.argument0 = -_LARGEST if low is None else low
+                finish.argument1 = _LARGEST if high is None else high
+            else:  # storing clips: a clamp of the real number is one of the integer
+                finish.low = max(grid.quant_min, _integer(low, grid))
+                finish.high = max(finish.low, min(grid.quant_max, _integer(high, grid, grid.quant_max)))
+        elif word != "none":
+            finish.activation, finish.argument0, finish.argument1 = _activation(word, arguments)
+        if residual is not None:
+            finish.residual = _rows_place(residual) if isinstance(module, Int8Linear) else _place(residual)
+            finish.residual_kind, finish.residual_scale = steps.FLOAT, 1.0
+            if isinstance(module.residual, Grid):
+                finish.residual_kind, finish.residual_scale = steps.BYTES, module.residual.scale
+                finish.residual_shift = -module.residual.scale * module.residual.zero_point
+        return finish
+
+    # Pooling
+
+    def _max_pool(self, module: Int8MaxPool, x: View) -> View:
+        if len(module.kernel_size) != 2 or x.meta.ndim != 4:
+            raise Unplanned
+        x = self._image(x)
+        sizes, pads = module._geometry(x.meta)
+        result = self._new((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
+        tables = [
+            packing.windows(x.meta.shape[2 + i], module.kernel_size[i], module.stride[i], pads[i][0],
+                            module.dilation[i], sizes[i], x.strides()[2 + i])
+            for i in range(2)
+        ]  # fmt: skip
+        self._pool(x, result, tables, steps.Pooling(kind=steps.BYTES, high=255))
+        return result
+
+    def _avg_pool(self, module: Int8AvgPool, x: View) -> View:
+        if x.meta.ndim != 4:
+            raise Unplanned
+        x = self._image(x)
+        tables, sizes, count_padding = _average_windows(module, x)
+        result = self._new((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
+        step = steps.Pooling(
+            average=1, count_padding=count_padding, source_zero=module.input.zero_point, kind=steps.BYTES,
+            factor=module.input.scale * inverse(module.output.scale), zero=module.output.zero_point,
+            low=module.output.quant_min, high=module.output.quant_max,
+        )  # fmt: skip
+        self._pool(x, result, tables, step)
+        if module.operation == "mean" and not module.arguments.get("keepdim"):
+            return result.other(result.meta.flatten(1))
+        return result
+
+    def _pool(self, x: View, result: View, tables: Sequence[torch.Tensor], step: steps.Pooling) -> None:
+        step.source, step.result = _place(x), _place(result)
+        step.images, step.channels, step.height, step.width = result.meta.shape
+        step.rows_of_window, step.columns_of_window = tables[0].shape[1], tables[1].shape[1]
+        step.rows, step.columns = (self._kept(table.contiguous()) for table in tables)
+        self._emit(step, x, result)
+
+    # Elementwise operations
+
+    def _quantize(self, module: Quantize, x: View) -> View:
+        meta = x.meta
+        if meta.dtype != torch.float32 or meta.numel() == 0:
+            raise Unplanned
+        if self._stored_as_bytes(x, module.grid):
+            return x.other(meta_tensor(meta.shape, torch.uint8, meta.stride()))
+        images = meta.ndim == 4 and not meta.is_contiguous()
+        images = images or (meta.ndim == 4 and x.buffer.place == "input")
+        result = self._new(meta.shape, torch.uint8, images=images)
+        if images and meta.stride() != result.meta.stride():
+            self._enter(x, result, module.grid)
+        else:
+            self._pointwise(result, module.grid, [(steps.LOAD, x, None)])
+        return result
+
+    def _stored_as_bytes(self, x: View, grid: Grid) -> bool:
+        """Let the step that makes a value store it as bytes, if nothing else reads it."""
+        step = self.plan.items[-1] if self.plan.items else None
+        source = self.node.args[0]
+        if (
+            not isinstance(step, (steps.Normalization, steps.Pointwise))
+            or step.kind != steps.FLOAT
+            or step.result.buffer != x.buffer.index
+            or not isinstance(source, fx.Node)
+            or not self._only_read_here(source, x.buffer)
+            or x.offset
+        ):
+            return False
+        step.kind, step.inverse, step.zero = steps.BYTES, inverse(grid.scale), grid.zero_point
+        step.low, step.high = grid.quant_min, grid.quant_max
+        step.result.pixel, step.result.image = step.result.pixel // 4, step.result.image // 4
+        x.buffer.bytes //= 4
+        return True
+
+    def _only_read_here(self, node: fx.Node, buffer: Buffer) -> bool:
+        """Whether nobody else reads a buffer, by way of views or directly."""
+        holders = [
+            one for one, value in self.values.items()
+            if any(isinstance(leaf, View) and leaf.buffer is buffer for leaf in tree_leaves(value))
+        ]  # fmt: skip
+        return all(len(one.users) == 1 for one in holders) and node in holders
+
+    def _layer_norm(self, module: nn.LayerNorm, x: View) -> View:
+        size = math.prod(module.normalized_shape)
+        if len(module.normalized_shape) != 1 or x.meta.dtype != torch.float32 or x.meta.numel() == 0:
+            raise Unplanned
+        if module not in self.packed:
+            ones, zeros = torch.ones(size), torch.zeros(size)
+            self.packed[module] = (
+                packing.vectors(ones if module.weight is None else module.weight),
+                packing.vectors(zeros if module.bias is None else module.bias),
+            )
+        scale, shift = self.packed[module]
+        rows = self._rows(x)
+        result = self._new(x.meta.shape, torch.float32)
+        step = steps.Normalization(
+            source=_rows_place(rows), result=steps.Place(result.buffer.index, 0, 4 * size, 0),
+            rows=rows.meta.shape[0], channels=size, scale=self._kept(scale), shift=self._kept(shift),
+            epsilon=module.eps, kind=steps.FLOAT, inverse=1.0, high=255,
+        )  # fmt: skip
+        self._emit(step, rows, result)
+        return result
+
+    def _enter(self, x: View, result: View, grid: Grid) -> None:
+        n, c, h, w = x.meta.shape
+        stride = x.meta.stride()
+        step = steps.Entrance(
+            source=_place(x), result=_place(result), images=n, height=h, width=w, channels=c, stride_image=stride[0],
+            stride_channel=stride[1], stride_row=stride[2], stride_column=stride[3],
+            result_row=result.strides()[2], inverse=inverse(grid.scale), zero=grid.zero_point, low=grid.quant_min,
+            high=grid.quant_max,
+        )  # fmt: skip
+        self._emit(step, x, result)
+
+    def _dequantize(self, module: Dequantize, x: View) -> View:
+        result = self._new(x.meta.shape, torch.float32, images=_side_by_side(x.meta))
+        self._pointwise(result, None, [(steps.LOAD, x, module.grid)])
+        return result
+
+    def _sum(self, module: Int8Add, left: View, right: View) -> View:
+        program: list[tuple[Any, ...]] = [
+            (steps.LOAD, left, module.left), (steps.LOAD, right, module.right), (steps.ADD, 0, 1),
+        ]  # fmt: skip
+        return self._stored(program, module.output, (left, right), relu=module.relu)
+
+    def _product(self, module: Int8Mul, left: View, right: View) -> View:
+        program: list[tuple[Any, ...]] = [
+            (steps.LOAD, left, module.left), (steps.LOAD, right, module.right), (steps.MULTIPLY, 0, 1),
+        ]  # fmt: skip
+        return self._stored(program, module.output, (left, right), relu=module.relu)
+
+    def _stored(self, program: list[tuple[Any, ...]], grid: Grid, views: Sequence[View], relu: bool) -> View:
+        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        largest = max(views, key=lambda view: view.meta.numel())
+        result = self._new(shape, torch.uint8, images=_side_by_side(largest.meta))
+        low = max(grid.quant_min, grid.zero_point) if relu else grid.quant_min
+        self._pointwise(result, Grid(grid.scale, grid.zero_point, grid.quant_min, grid.quant_max), program, low)
+        return result
+
+    def _batch_norm(self, module: Any, x: View) -> View:
+        if module.training or module.running_mean is None or x.meta.dtype != torch.float32:
+            raise Unplanned
+        if module not in self.packed:
+            scale = torch.rsqrt(module.running_var.double() + module.eps)
+            scale = scale * (1.0 if module.weight is None else module.weight.detach().double())
+            shift = -module.running_mean.double() * scale
+            shift = shift + (0.0 if module.bias is None else module.bias.detach().double())
+            self.packed[module] = (packing.vectors(scale), packing.vectors(shift))
+        images = _side_by_side(x.meta) or x.meta.ndim == 2
+        if not images:
+            raise Unplanned
+        shape = (1, -1, *[1] * (x.meta.ndim - 2))
+        scale, shift = (self._constant(part[: x.meta.shape[1]].view(shape)) for part in self.packed[module])
+        result = self._new(x.meta.shape, torch.float32, images=True)
+        program: list[tuple[Any, ...]] = [
+            (steps.LOAD, x, None), (steps.LOAD, scale, None), (steps.MULTIPLY, 0, 1), (steps.LOAD, shift, None),
+            (steps.ADD, 2, 3),
+        ]  # fmt: skip
+        self._pointwise(result, None, program)
+        return result
+
+    def _function(self, node: fx.Node, kind: str) -> View:
+        given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
+        operands = [given.get("input"), given.get("other")] if kind in _ARITHMETIC else [given.get("input")]
+        if "alpha" in given or given.get("rounding_mode") is not None:
+            raise Unplanned
+        program: list[tuple[Any, ...]] = []
+        views = []
+        for operand in operands:
+            if isinstance(operand, View):
+                views.append(operand)
+            elif isinstance(operand, bool) or not isinstance(operand, (int, float)):
+                raise Unplanned
+            program.append((steps.LOAD, operand, None))
+        if not views or any(view.meta.dtype != torch.float32 or view.meta.numel() == 0 for view in views):
+            raise Unplanned
+        if kind in _ARITHMETIC:
+            program.append((_ARITHMETIC[kind], 0, 1))
+        else:
+            program.append((steps.ACTIVATE, 0, *_elementwise(kind, given)))
+        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        largest = max(views, key=lambda view: view.meta.numel())
+        result = self._new(shape, torch.float32, images=_side_by_side(largest.meta))
+        self._pointwise(result, None, program)
+        return result
+
+    def _pointwise(
+        self, result: View, grid: Grid | None, program: Sequence[tuple[Any, ...]], low: int | None = None
+    ) -> None:
+        """Emit a chain of elementwise operations, of which the last is stored.
+
+        program: (LOAD, view or number, grid or None), (ACTIVATE, index, number, argument, argument) or
+        (operation, index, index); indices are those of earlier operations.
+        """
+        if result.meta.numel() == 0:
+            raise Unplanned
+        strides = result.meta.stride()
+        order = sorted(range(result.meta.ndim), key=lambda i: -strides[i])
+        order = [i for i in order if result.meta.shape[i] > 1] or [0]
+        sizes = [result.meta.shape[i] for i in order]
+        images, channels = (sizes[0] if len(sizes) > 2 else 1), sizes[-1]
+        step = steps.Pointwise(
+            images=images, pixels=result.meta.numel() // images // channels, channels=channels,
+            operations=len(program), kind=steps.FLOAT if grid is None else steps.BYTES, inverse=1.0, high=255,
+            result=_walk(result, order, result.meta.shape)[0],
+        )  # fmt: skip
+        if grid is not None:
+            step.inverse, step.zero, step.high = inverse(grid.scale), grid.zero_point, grid.quant_max
+            step.low = grid.quant_min if low is None else low
+        views = [result]
+        for index, (code, *rest) in enumerate(program):
+            operation = step.operation[index]
+            operation.code = code
+            if code == steps.LOAD:
+                operation.first = step.operands
+                step.operand[step.operands] = self._operand(rest[0], rest[1], order, result.meta.shape)
+                step.operands += 1
+                if isinstance(rest[0], View):
+                    views.append(rest[0])
+            else:
+                operation.first, operation.second = rest[0], rest[1]
+                if code == steps.ACTIVATE:
+                    operation.argument0, operation.argument1 = rest[2], rest[3]
+        self._emit(step, *views)
+
+    def _operand(self, value: Any, grid: Grid | None, order: list[int], shape: torch.Size) -> steps.Operand:
+        if not isinstance(value, View):
+            number = torch.tensor([float(value)])
+            return steps.Operand(shape=steps.WHOLE, numbers=self._kept(number))
+        place, kind = _walk(value, order, shape)
+        operand = steps.Operand(shape=kind, kind=steps.FLOAT, place=place)
+        if value.meta.dtype == torch.uint8:
+            if grid is None:
+                raise Unplanned
+            operand.kind, operand.scale, operand.shift = steps.BYTES, grid.scale, -grid.scale * grid.zero_point
+        elif value.meta.dtype != torch.float32:
+            raise Unplanned
+        return operand
+
+
+def _packed_convolution(module: Int8Conv, kernel: Sequence[int], in_rows: bool) -> tuple[Any, ...]:
+    """Weights, number of groups, groups joined into one, bytes at each place, bias and scale of a convolution."""
+    weight = module.weight.flatten(2)  # (out, in of a group, places)
+    groups, joined = 1, 1
+    if in_rows:
+        window = module.weight.view(*module.weight.shape[:2], *kernel)
+        rows = window.permute(0, 2, 3, 1).flatten(2)  # (out, rows of the window, columns x channels)
+        packed, run = packing.convolution(rows[None]), rows.shape[2]
+    else:
+        dense, joined = packing.merged_groups(weight, module.groups)
+        groups, run = module.groups // joined, dense.shape[2]
+        packed = packing.convolution(dense.transpose(2, 3))
+    bias = module._bias_with_zero_point()
+    bias = torch.zeros(module.out_channels) if bias is None else bias
+    scale = module.weight_scale.double() * module.input.scale
+    return packed, groups, joined, run, packing.vectors(bias, groups), packing.vectors(scale, groups)
+
+
+def _flat_geometry(module: Int8Conv) -> tuple[list[int], ...]:
+    """A convolution with one spatial dimension, as one with two of which the first has size one."""
+    return [1, *module.kernel_size], [1, *module.stride], [0, *module.padding], [1, *module.dilation]
+
+
+def _average_windows(module: Int8AvgPool, x: View) -> tuple[list[torch.Tensor], list[int], int]:
+    """Tables of rows and columns, sizes of the result, and whether the padding counts."""
+    shape, strides, given = x.meta.shape, x.strides(), module.arguments
+    if module.operation == "mean":
+        dims = given["dim"]
+        if dims is None or sorted(dim % 4 for dim in ([dims] if isinstance(dims, int) else dims)) != [2, 3]:
+            raise Unplanned
+        return [packing.adaptive_windows(shape[i], 1, strides[i]) for i in (2, 3)], [1, 1], 0
+    if module.dimensions != 2:
+        raise Unplanned
+    if module.operation == "adaptive_avg_pool":
+        wanted = given["output_size"]
+        wanted = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
+        sizes = [shape[2 + i] if size is None else int(size) for i, size in enumerate(wanted)]
+        return [packing.adaptive_windows(shape[2 + i], sizes[i], strides[2 + i]) for i in range(2)], sizes, 0
+    if given.get("ceil_mode") or given.get("divisor_override"):
+        raise Unplanned
+    kernel, padding = _pair(given["kernel_size"]), _pair(given.get("padding") or 0)
+    stride = _pair(given.get("stride") or kernel)
+    sizes = [(shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
+    tables = [
+        packing.windows(shape[2 + i], kernel[i], stride[i], padding[i], 1, sizes[i], strides[2 + i]) for i in range(2)
+    ]
+    return tables, sizes, int(bool(given.get("count_include_pad", True)))
+
+
+def _place(view: View) -> steps.Place:
+    """Where a value lies, with the strides of its images and pixels if it has any."""
+    strides = view.strides()
+    if len(strides) == 4:
+        return steps.Place(view.buffer.index, view.offset, strides[3], strides[0])
+    return steps.Place(view.buffer.index, view.offset, strides[0] if len(strides) == 2 else 0, 0)
+
+
+def _rows_place(view: View) -> steps.Place:
+    """Where a value (..., features) lies whose rows have equal distances."""
+    pixel = view.strides()[-2] if view.meta.ndim > 1 else 0
+    return steps.Place(view.buffer.index, view.offset, pixel, 0)
+
+
+def _walk(view: View, order: list[int], shape: torch.Size) -> tuple[steps.Place, int]:
+    """How a value is read along the dimensions of a result in their order in memory: place, and what it has one for.
+
+    Raises:
+        Unplanned: no constant steps lead from image to image, pixel to pixel and channel to channel.
+    """
+    size = view.meta.element_size()
+    strides = [stride * size for stride in view.meta.expand(shape).stride()]
+    ordered = [strides[i] for i in order]
+    sizes = [shape[i] for i in order]
+    image = ordered[0] if len(order) > 2 else 0
+    middle = ordered[1:-1] if len(order) > 2 else ordered[:-1]
+    counts = sizes[1:-1] if len(order) > 2 else sizes[:-1]
+    for i in range(len(middle) - 1):
+        if middle[i] != middle[i + 1] * counts[i + 1]:
+            raise Unplanned
+    pixel = middle[-1] if middle else ordered[-1] * sizes[-1]
+    if ordered[-1] != size:
+        raise Unplanned
+    kind = steps.IMAGE_CHANNEL if middle and pixel == 0 else steps.ELEMENT
+    return steps.Place(view.buffer.index, view.offset, pixel, image), kind
+
+
+def _side_by_side(meta: torch.Tensor) -> bool:
+    """Whether a tensor holds images whose channels lie side by side."""
+    return meta.ndim == 4 and meta.stride(1) == 1 and (meta.shape[1] > 1 or meta.shape[2:].numel() == 1)
+
+
+def _is_view(value: Any) -> bool:
+    return isinstance(value, View)
+
+
+def _integer(limit: float | None, grid: Grid, otherwise: int = 0) -> int:
+    """The integer that a real number is rounded to, within 0..255."""
+    if limit is None or math.isinf(limit):
+        return otherwise if limit is None or limit > 0 else 0
+    return max(0, min(255, round(limit / grid.scale) + grid.zero_point))
+
+
+def _activation(word: str, arguments: Sequence[Any]) -> tuple[int, float, float]:
+    if word == "gelu":
+        return steps.ACTIVATIONS["gelu_tanh" if arguments and arguments[0] == "tanh" else "gelu"], 0.0, 0.0
+    if word not in steps.ACTIVATIONS:
+        raise Unplanned
+    numbers = [float(one) for one in arguments] + [0.0, 0.0]
+    return steps.ACTIVATIONS[word], numbers[0], numbers[1]
+
+
+def _elementwise(kind: str, given: dict[str, Any]) -> tuple[int, float, float]:
+    """The number of an activation that stands by itself, and its arguments."""
+    found = activation_of(kind, given)
+    if found is None:
+        return _activation(kind, ())
+    if found[0] == "clamp":
+        low, high = found[1:]
+        return steps.ACTIVATIONS["clamp"], -_LARGEST if low is None else low, _LARGEST if high is None else high
+    return _activation(found[0], found[1:])
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(value)] * 2 if isinstance(value, int) else [int(one) for one in (list(value) * 2)[:2]]
+
+
+_MODULES: dict[type[nn.Module], Callable[..., View]] = {
+    Int8Conv: _Planner._conv,
+    Int8Linear: _Planner._linear,
+    Int8MaxPool: _Planner._max_pool,
+    Int8AvgPool: _Planner._avg_pool,
+    Quantize: _Planner._quantize,
+    Dequantize: _Planner._dequantize,
+    Int8Add: _Planner._sum,
+    Int8Mul: _Planner._product,
+    nn.LayerNorm: _Planner._layer_norm,
+    nn.BatchNorm1d: _Planner._batch_norm,
+    nn.BatchNorm2d: _Planner._batch_norm,
+    nn.BatchNorm3d: _Planner._batch_norm,
+}

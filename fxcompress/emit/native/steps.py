@@ -1,0 +1,155 @@
+"""The steps of a plan, as `kernels.cpp` reads them: the same structures with the same names."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+#: Row or column of a window that lies in the padding; a sum with it is below zero.
+OUTSIDE = -(2**40)
+
+FLOAT, BYTES, NOTHING = 0, 1, -1
+
+#: Activations by the word that lowered layers have for them.
+ACTIVATIONS = {
+    "clamp": 1, "hardswish": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "leaky_relu": 6, "tanh": 7, "sigmoid": 8,
+    "hardsigmoid": 9,
+}  # fmt: skip
+
+MAX_OPERANDS, MAX_OPERATIONS = 8, 24
+LOAD, ADD, SUBTRACT, MULTIPLY, DIVIDE, ACTIVATE = range(6)
+
+#: What an operand of a pointwise step has a number for.
+ELEMENT, IMAGE_CHANNEL, CHANNEL, WHOLE = range(4)
+
+_number, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+class Place(ctypes.Structure):
+    """Part of a buffer: byte offset of the first number, bytes from pixel to pixel and from image to image."""
+
+    _fields_ = (("buffer", _number), ("offset", _number), ("pixel", _number), ("image", _number))
+
+
+class Finish(ctypes.Structure):
+    """What happens to sums of products."""
+
+    _fields_ = (
+        ("scale", _pointer), ("bias", _pointer), ("kind", _number), ("activation", _number), ("argument0", _real),
+        ("argument1", _real), ("inverse", _real), ("zero", _number), ("low", _number), ("high", _number),
+        ("residual_kind", _number), ("residual", Place), ("residual_scale", _real), ("residual_shift", _real),
+    )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """Base of the steps, each of which has a number."""
+
+    number: ClassVar[int] = 0
+
+
+class Convolution(Step):
+    """Convolution, and linear layers as convolutions of a row of pixels."""
+
+    number = 1
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
+        ("width", _number), ("channels", _number), ("groups", _number), ("group_in", _number), ("group_out", _number),
+        ("rows_of_window", _number), ("columns_of_window", _number), ("run", _number), ("rows", _pointer),
+        ("columns", _pointer), ("padding", _pointer), ("weights", _pointer), ("group_weights", _number),
+        ("finish", Finish),
+    )  # fmt: skip
+
+
+class Depthwise(Step):
+    """Convolution of each channel by itself."""
+
+    number = 2
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
+        ("width", _number), ("channels", _number), ("rows_of_window", _number), ("columns_of_window", _number),
+        ("source_width", _number), ("stride", _number), ("dilation", _number), ("padding_left", _number),
+        ("rows", _pointer), ("padding", _pointer), ("weights", _pointer), ("finish", Finish),
+    )  # fmt: skip
+
+
+class Pooling(Step):
+    """Largest number or average of windows."""
+
+    number = 3
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
+        ("width", _number), ("channels", _number), ("rows_of_window", _number), ("columns_of_window", _number),
+        ("rows", _pointer), ("columns", _pointer), ("average", _number), ("count_padding", _number),
+        ("source_zero", _number), ("factor", _real), ("shift", _real), ("kind", _number), ("zero", _number),
+        ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+class Entrance(Step):
+    """Real numbers of any layout to bytes with their channels side by side."""
+
+    number = 4
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
+        ("width", _number), ("channels", _number), ("stride_image", _number), ("stride_row", _number),
+        ("stride_column", _number), ("stride_channel", _number), ("result_row", _number), ("inverse", _real),
+        ("zero", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+class Copy(Step):
+    """Copy between strided places."""
+
+    number = 5
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("sizes", _number * 4), ("from_", _number * 4),
+        ("to", _number * 4), ("bytes", _number),
+    )  # fmt: skip
+
+
+class Fill(Step):
+    """Equal bytes."""
+
+    number = 6
+    _fields_ = (("op", _number), ("result", Place), ("bytes", _number), ("value", _number))
+
+
+class Operand(ctypes.Structure):
+    """What a pointwise step reads."""
+
+    _fields_ = (
+        ("shape", _number), ("kind", _number), ("place", Place), ("numbers", _pointer), ("scale", _real),
+        ("shift", _real),
+    )  # fmt: skip
+
+
+class Operation(ctypes.Structure):
+    """One operation of a pointwise step, on what earlier ones made."""
+
+    _fields_ = (("code", _number), ("first", _number), ("second", _number), ("argument0", _real), ("argument1", _real))
+
+
+class Pointwise(Step):
+    """A chain of elementwise operations."""
+
+    number = 7
+    _fields_ = (
+        ("op", _number), ("images", _number), ("pixels", _number), ("channels", _number), ("operands", _number),
+        ("operations", _number), ("operand", Operand * MAX_OPERANDS), ("operation", Operation * MAX_OPERATIONS),
+        ("result", Place), ("kind", _number), ("inverse", _real), ("zero", _number), ("low", _number),
+        ("high", _number),
+    )  # fmt: skip
+
+
+class Normalization(Step):
+    """Rows with mean 0 and variance 1, times a scale, plus a shift."""
+
+    number = 8
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("rows", _number), ("channels", _number),
+        ("scale", _pointer), ("shift", _pointer), ("epsilon", _real), ("kind", _number), ("inverse", _real),
+        ("zero", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+KINDS: tuple[type[Step], ...] = (Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization)

@@ -1,0 +1,504 @@
+"""Our own kernels: the same numbers as the graph that they stand for, over shapes, layouts, threads and copies."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import fxcompress as fxc
+from fxcompress.emit.compact_module import CompactModule
+from fxcompress.emit.cpu_int8 import (
+    Dequantize,
+    Int8Add,
+    Int8AvgPool,
+    Int8Conv,
+    Int8Layer,
+    Int8Linear,
+    Int8MaxPool,
+    Int8Mul,
+    Quantize,
+)
+from fxcompress.emit.native import library, memory, packing, steps
+from fxcompress.emit.native.memory import Buffer, arrange
+from fxcompress.errors import OptionError
+from fxcompress.quant.spec import Grid
+from tests.strategies import Program, example, programs
+
+pytestmark = [
+    pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}"),
+    pytest.mark.xdist_group("native"),
+]
+
+SIGNED, POSITIVE = Grid(0.03125, 128), Grid(0.0234375, 0)
+ACTIVATIONS: list[tuple[Any, ...] | None] = [
+    None, ("clamp", 0.0, None), ("clamp", 0.0, 6.0), ("clamp", -1.0, 2.0), ("hardswish",), ("silu",), ("gelu", "none"),
+    ("gelu", "tanh"), ("leaky_relu", 0.1), ("tanh",),
+]  # fmt: skip
+OUTPUTS = [None, Grid(0.0625, 0), Grid(0.046875, 120), Grid(0.05, 130, 10, 240)]
+
+
+def chain(*modules: nn.Module, inputs: int = 1) -> CompactModule:
+    """A graph that calls modules one after the other; the first one with all inputs."""
+    root, graph = nn.Module(), fx.Graph()
+    value: Any = tuple(graph.placeholder(f"x{index}") for index in range(inputs))
+    for index, module in enumerate(modules):
+        root.add_module(f"layer{index}", module.eval())
+        value = (graph.call_module(f"layer{index}", value),)
+    graph.output(value[0])
+    return CompactModule(root, graph)
+
+
+def filled(layer: Int8Layer, seed: int) -> Int8Layer:
+    generator = torch.Generator().manual_seed(seed)
+    layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape, generator=generator))
+    layer.weight_scale.copy_(torch.rand(len(layer.weight_scale), generator=generator) * 1e-3 + 1e-4)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator))
+    return layer
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def by_graph(compact: CompactModule, *inputs: torch.Tensor) -> Any:
+    twin = copy.deepcopy(compact)
+    twin.executor = "graph"
+    return twin(*(tensor.clone(memory_format=torch.preserve_format) for tensor in inputs))
+
+
+def assert_same(compact: CompactModule, *inputs: torch.Tensor) -> None:
+    """Kernels and graph agree: bytes up to the rounding of a number between two integers."""
+    expected = by_graph(compact, *inputs)
+    for turn in range(2):  # the second call has a plan
+        found = compact(*inputs)
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        if found.dtype == torch.uint8:
+            gap = (found.int() - expected.int()).abs()
+            assert gap.max() <= 1, f"call {turn}"
+            assert (gap > 0).float().mean() <= 0.02
+        else:
+            # sums of products of the size of one cancel
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * max(1.0, float(expected.abs().max())))
+    assert planned(compact)
+
+
+def planned(compact: CompactModule) -> bool:
+    made = compact._native.made
+    return made is not None and len(made.plans) > 0
+
+
+def python_calls(compact: CompactModule) -> list[str]:
+    """Nodes that Python runs."""
+    made = compact._native.made
+    assert made is not None
+    return [part.name for plan in made.plans.values() for part in plan.runs if hasattr(part, "function")]
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[Int8Conv, list[torch.Tensor]]:
+    spatial = draw(st.sampled_from([1, 2, 2, 2]))
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    depthwise = draw(st.booleans())
+    per_group = 1 if depthwise else draw(st.integers(1, 21))
+    groups = draw(st.integers(2, 150)) if depthwise else groups
+    out = groups if depthwise else groups * draw(st.sampled_from([1, 3, 8, 16, 17, 33, 48, 64, 70, 96]))
+    kernel = [draw(st.integers(1, 5)) for _ in range(spatial)]
+    stride, dilation = ([draw(st.integers(1, 2)) for _ in range(spatial)] for _ in range(2))
+    padding = [draw(st.integers(0, 3)) for _ in range(spatial)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sizes = [max(draw(st.integers(1, 12)), r - 2 * p) for r, p in zip(reach, padding, strict=True)]
+    output = draw(st.sampled_from(OUTPUTS))
+    residual: Any = draw(st.sampled_from([None, None, "float", POSITIVE.config()]))
+    if (residual == "float") != (output is None):
+        residual = None
+    layer = Int8Conv(
+        per_group * groups, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()),
+        input=draw(st.sampled_from([SIGNED, POSITIVE])).config(), output=output and output.config(),
+        activation=draw(st.sampled_from(ACTIVATIONS)), residual=residual, overwrite=draw(st.booleans()),
+    )  # fmt: skip
+    filled(layer, draw(st.integers(0, 99)))
+    inputs = [numbers(draw(st.integers(1, 4)), per_group * groups, *sizes, seed=draw(st.integers(0, 99)))]
+    if residual is not None:
+        shape = layer._result_shape(inputs[0].shape)
+        inputs.append(torch.randn(shape) if residual == "float" else numbers(*shape, seed=7))
+    return layer, inputs
+
+
+@given(convolutions(), st.integers(1, 3))
+@settings(max_examples=300, deadline=None)
+def test_convolutions_of_every_shape(drawn: tuple[Int8Conv, list[torch.Tensor]], threads: int) -> None:
+    layer, inputs = drawn
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(chain(layer, inputs=len(inputs)), *inputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 150), st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    st.sampled_from(ACTIVATIONS), st.sampled_from(OUTPUTS), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_linear_layers(
+    features: int, out: int, sizes: list[int], activation: Any, output: Grid | None, with_residual: bool
+) -> None:
+    grid = None if output is None else output.config()
+    residual: Any = None if not with_residual else "float" if output is None else SIGNED.config()
+    layer = Int8Linear(features, out, True, SIGNED.config(), grid, activation, residual)
+    inputs = [numbers(*sizes, features)]
+    if with_residual:
+        inputs.append(torch.randn(*sizes, out) if output is None else numbers(*sizes, out, seed=3))
+    assert_same(chain(filled(layer, 1), inputs=len(inputs)), *inputs)
+
+
+POOLING: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (Int8MaxPool([3, 3], [2, 2], [1, 1], [1, 1], False), (2, 70, 9, 8)),
+    (Int8MaxPool([2, 2], [2, 2], [0, 0], [1, 1], True), (1, 3, 5, 7)),
+    (Int8MaxPool([3, 2], [1, 1], [1, 0], [2, 1], False), (1, 64, 6, 6)),
+    (Int8AvgPool(SIGNED.config(), SIGNED.config(), "adaptive_avg_pool", 2, {"output_size": 1}), (3, 40, 7, 5)),
+    (Int8AvgPool(SIGNED.config(), POSITIVE.config(), "adaptive_avg_pool", 2, {"output_size": [3, 2]}), (1, 17, 7, 5)),
+    (Int8AvgPool(SIGNED.config(), SIGNED.config(), "mean", 0, {"dim": [2, 3], "keepdim": False}), (2, 20, 4, 4)),
+    (Int8AvgPool(SIGNED.config(), SIGNED.config(), "avg_pool", 2, {"kernel_size": 3, "stride": 2, "padding": 1}),
+     (2, 33, 8, 7)),
+    (Int8AvgPool(SIGNED.config(), SIGNED.config(), "avg_pool", 2,
+                 {"kernel_size": 3, "stride": 1, "padding": 1, "count_include_pad": False}), (1, 8, 6, 6)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "shape"), POOLING, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling(module: nn.Module, shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    compact = chain(module)
+    assert_same(compact, numbers(*shape).contiguous(memory_format=layout))
+    assert python_calls(compact) == []
+
+
+@given(st.integers(1, 3), st.integers(1, 600), st.integers(1, 5), st.sampled_from(["same", "gate", "row"]))
+@settings(max_examples=40, deadline=None)
+def test_sums_and_products(batch: int, channels: int, size: int, shape: str) -> None:
+    full = (batch, channels, size, size)
+    other = {"same": full, "gate": (batch, channels, 1, 1), "row": (1, channels, 1, 1)}[shape]
+    for module in (
+        Int8Add(SIGNED.config(), POSITIVE.config(), SIGNED.config(), relu=True),
+        Int8Mul(SIGNED.config(), POSITIVE.config(), SIGNED.config()),
+        Int8Mul(SIGNED.config(), None, POSITIVE.config()),
+    ):
+        right = torch.rand(other) if module.right is None else numbers(*other, seed=1)
+        left = numbers(*full).contiguous(memory_format=torch.channels_last)
+        assert_same(chain(module, inputs=2), left, right)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 17, 33), (1, 70, 4, 4), (5, 11), (2, 3, 40), (1, 1, 8, 8)])
+@pytest.mark.parametrize("layout", ["plain", "channels_last", "transposed"])
+def test_numbers_in_and_out(shape: tuple[int, ...], layout: str) -> None:
+    x = torch.randn(shape) * 3
+    if layout == "channels_last" and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert_same(chain(Quantize(SIGNED.config()), Dequantize(SIGNED.config())), x)
+
+
+@given(programs(max_steps=8), st.sampled_from([1, 3, 5]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_random_models_compute_what_their_graphs_compute(model: Program, batch: int) -> None:
+    model, data = model.float(), example(4).float()
+    assume(1e-3 < float(model(data).detach().abs().max()) < 1e4)
+    compact = fxc.compile(model, "fuse, quantize", data, verify=False, calibration=[data])
+    x = example(batch).float()
+    expected = by_graph(compact, x)
+    for _ in range(2):
+        found = compact(x)
+        assert found.shape == expected.shape
+        noise = (found - expected).double().square().mean()
+        assert noise == 0 or 10 * torch.log10(expected.double().square().mean() / noise) >= 35
+
+
+class Mixed(nn.Module):
+    """Convolutions around something that no kernel knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = F.relu(self.first(x))
+        y = torch.cumsum(y, 1).sin() + y
+        return self.second(y), y
+
+
+@pytest.fixture(scope="module")
+def mixed() -> CompactModule:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    return fxc.compile(Mixed().eval(), "fuse, quantize", x, calibration=[x])
+
+
+def test_what_has_no_kernel_runs_in_python_in_between(mixed: CompactModule) -> None:
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 10 + batch, 12)
+        for _ in range(2):
+            for found, expected in zip(mixed(x), by_graph(mixed, x), strict=True):
+                torch.testing.assert_close(found, expected)
+    assert "cumsum" in python_calls(mixed)
+
+
+def test_results_belong_to_the_caller(mixed: CompactModule) -> None:
+    x, other = torch.randn(2, 3, 12, 12), torch.randn(2, 3, 12, 12)
+    mixed(x)
+    first = mixed(x)
+    kept = [tensor.clone() for tensor in first]
+    mixed(other)
+    assert all(torch.equal(left, right) for left, right in zip(first, kept, strict=True))
+
+
+def test_a_result_that_is_the_input_is_the_input() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((x, graph.call_module("layer", (x,))))
+    root = nn.Module()
+    root.layer = Quantize(SIGNED.config())
+    compact = CompactModule(root, graph)
+    given_ = torch.randn(2, 3, 4, 4)
+    for _ in range(2):
+        assert compact(given_)[0] is given_
+
+
+def test_several_threads_get_the_right_answers(mixed: CompactModule) -> None:
+    inputs = [torch.randn(1 + index % 3, 3, 12, 12) for index in range(6)]
+    expected = [mixed(x) for x in inputs]
+    wrong: list[str] = []
+
+    def call(index: int) -> None:
+        for _ in range(20):
+            for found, right in zip(mixed(inputs[index]), expected[index], strict=True):
+                if not torch.equal(found, right):
+                    wrong.append(f"input {index}")
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_ten_thousand_calls_neither_grow_nor_drift() -> None:
+    layer = Int8Conv(8, 8, [3, 3], [1, 1], [1, 1], [1, 1], 1, True, SIGNED.config(), SIGNED.config())
+    compact = chain(Quantize(SIGNED.config()), filled(layer, 0), Dequantize(SIGNED.config()))
+    x = torch.randn(1, 8, 8, 8)
+    first = compact(x)
+    for _ in range(500):
+        compact(x)
+    before = _resident()
+    for _ in range(10_000):
+        found = compact(x)
+    assert torch.equal(found, first)
+    assert _resident() - before < 4 << 20
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_plans_are_kept_for_the_latest_shapes_only(mixed: CompactModule) -> None:
+    for size in range(9, 30):
+        mixed(torch.randn(1, 3, size, size))
+    made = mixed._native.made
+    assert made is not None
+    assert len(made.plans) == made.limit
+
+
+def test_copies_and_files_run_by_kernels_too(mixed: CompactModule, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    expected = mixed(x)
+    mixed.save(tmp_path / "mixed.fxc")
+    for twin in (copy.deepcopy(mixed), pickle.loads(pickle.dumps(mixed)), fxc.load(tmp_path / "mixed.fxc")):
+        for found, right in zip(twin(x), expected, strict=True):
+            assert torch.equal(found, right)
+        assert planned(twin)
+
+
+def test_new_numbers_are_seen() -> None:
+    layer = filled(Int8Linear(8, 8, True, SIGNED.config()), 0)
+    compact, x = chain(layer), numbers(4, 8)
+    before = compact(x)
+    state = {name: tensor.clone() for name, tensor in compact.state_dict().items()}
+    state["layer0.bias"] += 1.0
+    compact.load_state_dict(state)
+    torch.testing.assert_close(compact(x), before + 1.0)
+    compact.layer0.bias.add_(1.0)  # type: ignore[operator,union-attr]
+    compact.repack()
+    torch.testing.assert_close(compact(x), before + 2.0)
+
+
+def test_who_looks_on_sees_the_graph_run(mixed: CompactModule) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    seen: list[str] = []
+    handle = mixed.get_submodule("first").register_forward_hook(lambda *_: seen.append("first"))
+    try:
+        mixed(x)
+    finally:
+        handle.remove()
+    assert seen == ["first"]
+    assert len(fx.symbolic_trace(mixed).graph.nodes) > len(mixed.graph.nodes)  # through the layers' own code
+
+
+def test_the_graph_can_be_asked_for() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    compact = fxc.compile(nn.Conv2d(3, 4, 3), "fuse, quantize", x, calibration=[x], executor="graph")
+    compact(x)
+    assert not planned(compact)
+    compact.executor = "auto"
+    compact(x)
+    assert planned(compact)
+    with pytest.raises(OptionError, match="executor must be one of 'auto', 'graph', not 'fast'"):
+        compact.executor = "fast"
+
+
+def test_a_float_graph_has_no_kernels() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    compact = fxc.compile(nn.Conv2d(3, 4, 3), "fuse", x)
+    compact(x).sum().backward()  # trains like any module
+    assert not planned(compact)
+
+
+PROGRAM = """
+import torch, fxcompress as fxc
+from torch import nn
+from fxcompress.emit.native import library
+torch.manual_seed(0)
+x = torch.randn(1, 3, 8, 8)
+compact = fxc.compile(nn.Conv2d(3, 4, 3), "fuse, quantize", x, calibration=[x])
+print(float(compact(x).sum()), library.unavailable())
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings_", "reason"),
+    [
+        ({"FXCOMPRESS_NATIVE": "off"}, "FXCOMPRESS_NATIVE=off"),
+        ({"FXCOMPRESS_CPU": "avx2"}, "FXCOMPRESS_CPU=avx2"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "could not build them"),
+        ({}, "None"),
+    ],
+)
+def test_without_kernels_the_graph_runs(settings_: dict[str, str], reason: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**os.environ, **settings_}, capture_output=True, text=True, check=True
+    )
+    value, said = done.stdout.strip().split(" ", 1)
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8, 8)
+    compact = fxc.compile(nn.Conv2d(3, 4, 3), "fuse, quantize", x, calibration=[x])
+    assert float(value) == pytest.approx(float(compact(x).sum()), rel=0.05 if "CPU" in str(settings_) else 1e-4)
+    assert reason in said
+
+
+def test_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library.library()
+    assert found is not None
+    larger = type("Fill", (steps.Step,), {"number": steps.Fill.number, "_fields_": [("op", ctypes.c_int64)]})
+    monkeypatch.setattr(steps, "KINDS", (larger,))
+    with pytest.raises(OSError, match="another layout of Fill"):
+        library.Library(found.path)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=25))
+def test_buffers_in_use_at_the_same_time_do_not_overlap(drawn: Sequence[tuple[int, int, int]]) -> None:
+    buffers = [Buffer(i, "arena", size, min(a, b), max(a, b)) for i, (size, a, b) in enumerate(drawn)]
+    offsets, total = arrange(buffers)
+    for left in buffers:
+        assert offsets[left.index] % memory.ALIGNMENT == 0
+        assert offsets[left.index] + left.bytes + memory.SLACK <= total
+        for right in buffers[left.index + 1 :]:
+            if left.first <= right.last and right.first <= left.last:
+                a, b = sorted((left, right), key=lambda one: offsets[one.index])
+                assert offsets[a.index] + a.bytes + memory.SLACK <= offsets[b.index]
+
+
+def test_buffers_of_different_times_share_memory() -> None:
+    buffers = [Buffer(i, "arena", 1000, i, i + 1) for i in range(50)]  # a chain: two at a time
+    assert arrange(buffers)[1] <= 2 * (1000 + memory.SLACK + memory.ALIGNMENT)
+
+
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40))
+def test_packed_weights_hold_every_number_once(channels: int, places: int, run: int) -> None:
+    weights = torch.randint(1, 127, (1, channels, places, run), dtype=torch.int8)
+    packed = packing.convolution(weights)
+    assert packed.numel() == packing.rounded_up(channels, 16) * places * packing.rounded_up(run, 4)
+    assert torch.equal(packed[packed != 0].sort().values, weights.flatten().sort().values)
+    assert packed.data_ptr() % 64 == 0
+    assert all(wide <= 4 for wide in packing.blocks(channels))
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle between pieces of a concatenation, as ShuffleNet has it."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.first, self.second = nn.Conv2d(3, 24, 3), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        y = torch.cat((left, self.second(right)), 1)
+        n, c, h, w = y.shape
+        return y.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_a_channel_shuffle_is_one_copy(groups: int) -> None:
+    x = torch.randn(2, 3, 11, 9)
+    compact = fxc.compile(nn.Sequential(Shuffled(groups), nn.Conv2d(24, 8, 1)), "fuse, quantize", x, calibration=[x])
+    assert_same(compact, x)
+    assert python_calls(compact) == []
+    assert any(isinstance(module, Int8Conv) for name, module in compact.named_modules() if name.endswith("0.second"))
+
+
+class Tokens(nn.Module):
+    """Normalised tokens, a linear layer with GELU, and a residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, 40), nn.Linear(40, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(F.gelu(self.first(self.norm(x))))
+        return x + y
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 70, 200])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 2, 3)])
+def test_tokens(width: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Tokens(width)
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    x = torch.randn(*shape, width)
+    compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
+    expected = by_graph(compact, x)
+    for _ in range(2):
+        noise = (compact(x) - expected).square().mean()  # numbers between two integers may be rounded to either
+        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
+    assert python_calls(compact) == []
