@@ -230,7 +230,8 @@ class Train(TrainingOptions):
 
     1. Masked weights stay zero, whatever momentum and weight decay do.
     2. Batch norms, dropout and what else has a mode train as they did in the caller's model; parts that somebody put in
-       evaluation mode, in a model that is itself in training mode, stay there.
+       evaluation mode, in a model that is itself in training mode, stay there. Modules that have a method
+       `follow_training(done)` are told before every step how much is over (`fxcompress.train.modes`).
     3. The weights that `validation` finds best are kept, or the last ones where there is none.
     4. The same seed gives the same training, bit for bit on one machine's CPU, for data whose order follows the global
        generators of torch, numpy and Python, as that of a DataLoader does. A generator that the data has of its own
