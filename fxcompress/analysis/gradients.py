@@ -100,7 +100,7 @@ def _total(sums: Measured, parameters: dict[str, nn.Parameter], units: int) -> i
 def _differentiate(whole: fx.GraphModule, inputs: ExampleInputs, target: Any, loss: Loss, number: int) -> None:
     try:
         value = loss(inputs.call(whole), target)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, InputError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"the loss of batch {number} cannot be computed: {type(error).__name__}: {reason}") from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
