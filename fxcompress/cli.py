@@ -136,7 +136,7 @@ def _require_data(text: str, calibration: str | None, train_data: str | None) ->
     from fxcompress.pipeline.manager import PassManager
 
     names = {item.name for item in PassManager(text).passes}
-    if "calibrate" in names and calibration is None:
+    if "calibrate" in names and calibration is None and not names & {"train", "distill"}:
         raise InputError(
             "these passes need calibration data: give --calibration file.py:function, whose function returns batches "
             "of real inputs, or --calibration random for a trial whose accuracy means nothing"
@@ -340,7 +340,8 @@ def _options(found: type[Pass]) -> list[tuple[str, str]]:
             default: Any = option.default
             if option.default_factory is not dataclasses.MISSING:
                 default = option.default_factory()
-            rows.append((option.name, f"{kind} = {default!r}"))
+            passes = isinstance(default, tuple) and default and all(isinstance(item, Pass) for item in default)
+            rows.append((option.name, f"{kind} = {', '.join(map(str, default)) if passes else repr(default)}"))
     return rows
 
 

@@ -18,15 +18,19 @@ from fxcompress.passes.fuse import Fuse
 from fxcompress.passes.fuse_activation import FuseActivation
 from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
 from fxcompress.passes.insert_observers import InsertObservers
+from fxcompress.passes.iterate import Iterate
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_channels import MaskChannels
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.qat import QAT
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.remove_channels import RemoveChannels
+from fxcompress.passes.rewind_weights import RememberWeights, RewindWeights
 from fxcompress.passes.train import Train
 
 __all__ = [
+    "QAT",
     "Calibrate",
     "Canonicalize",
     "ConvertObserved",
@@ -40,11 +44,14 @@ __all__ = [
     "Fuse",
     "FuseActivation",
     "InsertObservers",
+    "Iterate",
     "Lower",
     "MaskChannels",
     "MaskWeights",
     "PruneChannels",
     "Quantize",
+    "RememberWeights",
     "RemoveChannels",
+    "RewindWeights",
     "Train",
 ]

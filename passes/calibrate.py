@@ -29,9 +29,11 @@ class Calibrate(Pass):
     on the same data changes nothing. Of several processes each runs a part of the batches, and all get the statistics
     of the whole; or each runs all of them, where statistics depend on the order ("moving-average") or come from
     observers from elsewhere.
+    Fake-quantisers that training has started with keep what they have.
 
     Args:
-        calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`. One of:
+        calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`, or else the
+            inputs of `fxcompress.compile(train_data=...)`. One of:
             a tensor of samples; for one batch a tuple of the model's positional inputs or a dict of its keyword inputs;
             an iterable of batches, a DataLoader for example, where each batch is a tensor, a tuple of inputs, possibly
             with a target behind them, which is left out, or a dict of keyword inputs.
@@ -48,10 +50,12 @@ class Calibrate(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Record, and compare the statistics with those before."""
-        observers = observers_of(graph_module)
+        found = observers_of(graph_module).items()
+        observers = {path: observer for path, observer in found if not getattr(observer, "quantizing", False)}
         if not observers:
             return PassResult(graph_module, modified=False)
-        data = context.resource(self.calibration, "calibration", type(self).__name__)
+        known = (self.calibration, context.resources.get("calibration"), context.resources.get("train_data"))
+        data = context.resource(next((one for one in known if one is not None), None), "calibration", "Calibrate")
         before = {path: _statistics(observer) for path, observer in observers.items()}
         total = len(data) if isinstance(data, Sized) and not isinstance(data, (torch.Tensor, tuple, Mapping)) else None
         count = 0

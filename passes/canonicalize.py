@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxcompress.errors import CaptureError
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, ops, views
+from fxcompress.graph import modules as own
 from fxcompress.graph.attention import take_apart
+from fxcompress.graph.examples import ExampleValues
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
-from fxcompress.graph.shapes import propagate
+from fxcompress.graph.shapes import bind_placeholders, infer, propagate
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
 from fxcompress.rewrite.effects import has_effects
 
@@ -29,10 +30,12 @@ class Canonicalize(Pass):
        (`F.conv2d(x, self.weight)`, `F.batch_norm`, `F.layer_norm`, ...) becomes a module.
     2. Everything else is one function with its required arguments by position and others by name where they are not
        the default: `nn.ReLU`, `x.relu()`, `torch.relu` all become `F.relu`; `x.view` becomes `torch.reshape`.
-    3. Nothing works in place: users after an in-place operation read its result instead. Refused (`CaptureError`)
-       when the tensor written to is a view of one that is read again later.
+    3. Nothing works in place: users after an in-place operation read its result instead. What is written into a view
+       of a tensor that is read again later is put together with the rest of that tensor (`torch.cat` of slices, ...),
+       and every other view is taken anew. (Where that is not possible, capture has kept the module as it is.)
     4. `F.dropout(x, training=self.training)` becomes a layer that follows train() and eval().
-    5. `x.shape` becomes `x.size()`; `x.dim()` and arithmetic on plain numbers become numbers.
+    5. `x.shape` becomes `x.size()`; `x.dim()`, `numel()` of what is made of parameters alone, and arithmetic on plain
+       numbers become numbers.
     6. `nn.MultiheadAttention` becomes projections, heads and `F.scaled_dot_product_attention`, or single products
        where its weights are read or dropped at random.
     7. What is several things at once becomes these: `torch.addmm` a product and an addition, a batch normalisation of
@@ -51,7 +54,7 @@ class Canonicalize(Pass):
         if taken_apart:
             propagate(graph_module, context.example_inputs)
         edits += taken_apart
-        rewriter = _Rewriter(graph_module)
+        rewriter = _Rewriter(graph_module, _views(graph_module, context))
         for node in list(graph_module.graph.nodes):
             edits += rewriter.rewrite(node)
         edits += _drop_dead_nodes(graph_module.graph)
@@ -61,6 +64,13 @@ class Canonicalize(Pass):
             graph_module.recompile()
         graph_info(graph_module).canonical = True
         return PassResult(graph_module, modified=edits > 0, edits=edits)
+
+
+def _views(graph_module: fx.GraphModule, context: PassContext) -> dict[fx.Node, fx.Node]:
+    """The views in a graph that works in place, each with what it is a view of."""
+    inputs = bind_placeholders(graph_module.graph, context.example_inputs)
+    arguments = {str(node.target): value for node, value in inputs.items()}
+    return views.find_views(graph_module.graph, ExampleValues(graph_module, arguments))
 
 
 def _plain_classes(graph_module: fx.GraphModule) -> int:
@@ -92,8 +102,9 @@ def _drop_dead_nodes(graph: fx.Graph) -> int:
 class _Rewriter:
     """Rewrites nodes in place and keeps the modules it has made, so that one weight makes one layer."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, known_views: dict[fx.Node, fx.Node]) -> None:
         self.graph_module = graph_module
+        self.views = known_views
         self.graph = graph_module.graph
         self.layers: dict[object, str] = {}
         self.positions = {node: index for index, node in enumerate(self.graph.nodes)}
@@ -133,6 +144,10 @@ class _Rewriter:
         name = str(node.target)
         inplace = name.endswith("_") and not name.endswith("__")
         name = name.removesuffix("_") if inplace else name
+        if inplace and name in ("zero", "fill", "copy"):
+            return self._overwrite(node, name)
+        if name in ("numel", "nelement") and _is_number(info(node).value) and _is_of_the_model(node):
+            return self._become_number(node, info(node).value)
         if name in _METHOD_REWRITES and not inplace:
             return _METHOD_REWRITES[name](self, node)
         if name not in ops.BY_METHOD:
@@ -144,6 +159,25 @@ class _Rewriter:
         if op.kind in _OF_TWO and ops.is_tensor_node(bound["dim"]):
             return self._become(node, _OF_TWO[op.kind], {"input": bound["input"], "other": bound["dim"]}, inplace)
         return self._become(node, op.function, bound, inplace)
+
+    def _overwrite(self, node: fx.Node, name: str) -> int:
+        """x.zero_(), x.fill_(number) and x.copy_(y) become a tensor like x, and y in the shape and dtype of x."""
+        written: Any = node.args[0]
+        if name == "zero":
+            return self._become(node, torch.zeros_like, {"input": written}, inplace=True)
+        value = node.args[1] if len(node.args) > 1 else node.kwargs.get("value", node.kwargs.get("src"))
+        if not isinstance(value, fx.Node):
+            return self._become(node, torch.full_like, {"input": written, "fill_value": value}, inplace=True)
+        if not ops.is_tensor_node(value) or not ops.is_tensor_node(written):
+            return 0
+        if info(value).value.dtype != info(written).value.dtype:
+            with self.graph.inserting_before(node):
+                value = self.graph.call_method("to", (value, info(written).value.dtype))
+            infer(value)
+            self.positions[value] = self.positions[node]
+        node.op, node.target, node.args, node.kwargs = "call_method", "expand_as", (value, written), {}
+        self._redirect(node, written)
+        return 1
 
     def size(self, node: fx.Node) -> int:
         """x.size(dim=1) becomes x.size(1)."""
@@ -304,8 +338,9 @@ class _Rewriter:
             return 1
         if name == "ndim":
             return self._become_number(node, len(value.shape))
-        if name in ("T", "mT") and len(value.shape) == 2:
-            return self._become(node, torch.transpose, {"input": source, "dim0": 0, "dim1": 1})
+        if name == "mT" or (name == "T" and len(value.shape) == 2):
+            last = len(value.shape) - 1
+            return self._become(node, torch.transpose, {"input": source, "dim0": last - 1, "dim1": last})
         return 0
 
     # -- the rewrites themselves --------------------------------------------------------------------------------
@@ -330,17 +365,79 @@ class _Rewriter:
         if not isinstance(written, fx.Node):
             return
         position = self.positions[node]
-        if ops.kind(written) in ops.VIEW_KINDS and written.all_input_nodes:
-            base = written.all_input_nodes[0]
-            late = [user for user in base.users if self.positions[user] > position]
-            if late and is_tensor_value(base):
-                raise CaptureError(
-                    f"{info(node).layer or node.name!r} writes in place to a view of {base.name!r}, which "
-                    f"{late[0].name!r} reads afterwards; write it without the in-place operation"
-                )
-        for user in list(written.users):
-            if user is not node and self.positions[user] > position:
-                user.replace_input_with(written, node)
+        links = views.chain(written, self.views)
+        shared = views.family(links[-1], self.views)
+        aliases = [one for one in shared if self.positions[one] <= position and one is not written]
+        if any(self._late_users(one, position) for one in aliases):
+            self._write_through(node, links, [one for one in shared if self.positions[one] < position])
+        else:
+            for user in self._late_users(written, position):
+                self._point(user, written, node)
+
+    def _point(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let a node read another one; if it is a view, it is one of that now."""
+        user.replace_input_with(old, new)
+        if self.views.get(user) is old:
+            self.views[user] = new
+
+    def _late_users(self, node: fx.Node, position: int) -> list[fx.Node]:
+        return [user for user in node.users if self.positions[user] > position]
+
+    def _write_through(self, node: fx.Node, links: list[fx.Node], shared: list[fx.Node]) -> None:
+        """Let later users of a tensor, and of all views of it, see what was written into one of the views.
+
+        links: the view written to, what that is a view of, ..., the tensor. shared: the tensor and all its views.
+        """
+        position, users = self.positions[node], list(node.users)
+        insertion = views.Insertion(node)
+        root = self._undone(links, node, insertion)
+        anew = {links[-1]: root}
+        for one in shared[1:]:
+            copied = anew[one] = insertion.again(one, anew)
+            self.views[copied] = anew[self.views[one]]
+        for made in insertion.inserted:
+            self.positions[made] = position
+        for one in shared:
+            for user in self._late_users(one, position):
+                self._point(user, one, anew[one])
+        for user in users:
+            self._point(user, node, anew[links[0]])
+        for made in reversed(insertion.inserted):
+            if not made.users and made is not root:
+                self.graph.erase_node(made)
+                self.views.pop(made, None)
+
+    def _undone(self, links: list[fx.Node], value: fx.Node, insertion: views.Insertion) -> fx.Node:
+        """The tensor at the end of a chain of views, when the view at its beginning holds a value."""
+        place = 0
+        while place < len(links) - 1:
+            view, source = links[place], links[place + 1]
+            if isinstance(info(source).value, TensorInfo):
+                value = views.undo(view, source, value, insertion)
+                place += 1
+            else:  # one of several pieces
+                index: Any = view.args[1]
+                value = views.undo_pieces(source, links[place + 2], index, value, insertion)
+                place += 2
+        return value
+
+    def set_item(self, node: fx.Node) -> int:
+        """x[a:b] = y, in place or not, becomes a concatenation of what stays and what was written."""
+        inplace, written = node.target is operator.setitem, node.args[0]
+        if not ops.is_tensor_node(written):
+            return 0
+        node.target = own.set_item
+        insertion = views.Insertion(node, before=True)
+        target, index, value = node.args
+        made = views.write_item(target, index, value, insertion)  # type: ignore[arg-type]
+        for one in insertion.inserted:
+            self.positions[one] = self.positions[node]
+        node.op, node.target, node.args, node.kwargs = made.op, made.target, made.args, made.kwargs
+        set_info(node, value=info(made).value)
+        self.graph.erase_node(made)
+        if inplace:
+            self._redirect(node, written)
+        return 1
 
     def _become_number(self, node: fx.Node, number: Any) -> int:
         """Write a number that is known into the users of a node."""
@@ -410,11 +507,6 @@ class _Rewriter:
                     delattr(module, name)
 
 
-def is_tensor_value(node: fx.Node) -> bool:
-    """Whether a node produces one tensor, as far as is known."""
-    return isinstance(info(node).value, TensorInfo)
-
-
 _METHOD_REWRITES: dict[str, Callable[[_Rewriter, fx.Node], int]] = {
     "view": _Rewriter.reshape, "reshape": _Rewriter.reshape, "permute": _Rewriter.permute, "flip": _Rewriter.flip,
     "expand": _Rewriter.expand, "repeat": _Rewriter.expand, "t": _Rewriter.swap, "dim": _Rewriter.ndim,
@@ -424,6 +516,7 @@ _METHOD_REWRITES: dict[str, Callable[[_Rewriter, fx.Node], int]] = {
 
 _FUNCTION_REWRITES: dict[object, Callable[[_Rewriter, fx.Node], int]] = {
     torch.norm: _Rewriter.norm, torch.linalg.norm: _Rewriter.norm, torch.movedim: _Rewriter.movedim,
+    operator.setitem: _Rewriter.set_item, own.set_item: _Rewriter.set_item,
     torch.moveaxis: _Rewriter.movedim, torch.addmm: _Rewriter.add_product, torch.baddbmm: _Rewriter.add_product,
 }  # fmt: skip
 
@@ -455,6 +548,19 @@ def _first_argument(node: fx.Node) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_of_the_model(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters and buffers alone."""
+    front, seen = [node], {node}
+    while front:
+        current = front.pop()
+        if current.op in ("placeholder", "call_module"):
+            return False
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        front += new
+    return True
 
 
 def _is_attribute(source: Any) -> bool:

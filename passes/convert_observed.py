@@ -13,10 +13,14 @@ from fxcompress.analysis.quantization import data_inputs, moves
 from fxcompress.errors import InputError, PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, info, set_info
-from fxcompress.passes.insert_observers import is_observer
+from fxcompress.passes.fuse_conv_bn import FoldBatchNorm
+from fxcompress.passes.insert_observers import is_observer, make_functional, observers_of
+from fxcompress.passes.join_conv_bn import fold_batch_norms, normed_layers
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.quant.arithmetic import fake_quantize
+from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import ChannelMean
+from fxcompress.rewrite.driver import apply
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,13 @@ class ConvertObserved(Pass):
        input with is left out of account.
        Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019.
     4. A bias is rounded to multiples of (scale of the input) x (scale of the weight), the steps in which products are
-       summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for. A
-       bias that belongs to several layers stays as it is.
-    5. Refuses an observer that has seen no data, or NaN or infinity.
+       summed: thousands of them make one step of the result. See `quant.spec.QuantSpec` for what that is good for.
+       Numbers of fewer bits have larger steps, of which a fraction is taken. A bias that belongs to several layers
+       stays as it is.
+    5. After training with fake-quantisers, layers that were joined with their batch norms (`quant.normed_layers`)
+       become plain ones with folded numbers, and batch norms behind layers without an 8-bit kernel are folded as well
+       (`FoldBatchNorm`). The grids are those that training has left.
+    6. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
     with.
@@ -45,9 +53,12 @@ class ConvertObserved(Pass):
     produces: ClassVar[Stage | None] = Stage.QDQ
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Correct the biases, then convert the observers one by one."""
+        """Fold batch norms, correct the biases, then convert the observers one by one."""
         numbers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         edits = _correct_biases(graph_module)
+        fake = any(isinstance(observer, FakeQuantize) for observer in observers_of(graph_module).values())
+        if fake or normed_layers(graph_module):
+            edits += _fold_batch_norms(graph_module)
         for node in list(graph_module.graph.nodes):
             observer = ops.submodule(node)
             if is_observer(observer):
@@ -60,6 +71,28 @@ class ConvertObserved(Pass):
             _round_biases(graph_module)
         graph_module.delete_all_unused_submodules()
         return PassResult(graph_module, edits > 0, edits)
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> int:
+    """Bring layers that were trained with their batch norms into the form of all others. Returns their number."""
+    joined = fold_batch_norms(graph_module)
+    graph = graph_module.graph
+    paths: dict[str, str] = {}  # of the fake-quantisers
+    for node in list(graph.nodes):
+        path = str(node.target)
+        quantizer = joined[path].quantizer if node.op == "call_module" and path in joined else None
+        if quantizer is None:
+            continue
+        if path not in paths:
+            paths[path] = edit.unique_path(graph_module, f"observers.{path.replace('.', '_')}_weight")
+            edit.add_module(graph_module, paths[path], quantizer)
+        with graph.inserting_before(node):
+            weight = graph.get_attr(f"{path}.weight")
+            quantized = graph.call_module(paths[path], (weight,))
+        for made in (weight, quantized):
+            set_info(made, layer=path)
+        make_functional(graph_module, node, node.args[0], quantized)
+    return len(joined) + apply(graph_module, FoldBatchNorm().rules()).edits
 
 
 def _correct_biases(graph_module: fx.GraphModule) -> int:
@@ -164,7 +197,7 @@ def _round_biases(graph_module: fx.GraphModule) -> None:
 
 
 def _step(graph_module: fx.GraphModule, layer: fx.Node) -> torch.Tensor | None:
-    """The steps in which a layer sums its products, for each channel; None if they are not known."""
+    """The steps to which the bias of a layer is rounded, for each channel; None if they are not known."""
     given = ops.arguments(layer)
     source, weight = given["input"], given["weight"]
     while ops.kind(source) != "fake_quantize":  # numbers that were only moved since they were quantised
@@ -174,10 +207,17 @@ def _step(graph_module: fx.GraphModule, layer: fx.Node) -> torch.Tensor | None:
         source = inputs[0]
     if ops.kind(weight) not in ("fake_quantize", "fake_quantize_channel"):
         return None
-    scale = ops.arguments(weight)["scale"]
+    values, weights = ops.arguments(source), ops.arguments(weight)
+    scale = weights["scale"]
     if isinstance(scale, fx.Node):
         scale = edit.attribute(graph_module, str(scale.target)).double()
-    return torch.as_tensor(scale * ops.arguments(source)["scale"], dtype=torch.float64)
+    product = torch.as_tensor(scale * values["scale"], dtype=torch.float64)
+    return product * 2.0 ** (_bits(values) + _bits(weights) - 16)
+
+
+def _bits(pair: dict[str, Any]) -> int:
+    """How many bits the integers of a quantise-dequantise pair take."""
+    return int(pair["quant_max"] - pair["quant_min"]).bit_length()
 
 
 def _buffer(graph_module: fx.GraphModule, value: fx.Node, suffix: str, numbers: torch.Tensor) -> fx.Node:

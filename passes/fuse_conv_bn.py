@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxcompress.errors import UnsupportedError
 from fxcompress.graph.metadata import graph_info
+from fxcompress.quant.folding import (
+    Folded,
+    Layer,
+    folded_backward,
+    folded_forward,
+    grouped,
+    scale_and_shift,
+    ungrouped,
+)
 from fxcompress.rewrite.driver import RulePass
 from fxcompress.rewrite.match import Match, Refusal, Rule, refuse
 from fxcompress.rewrite.pattern import op
 from fxcompress.rewrite.workspace import tensor_of
-
-Layer = _ConvNd | nn.Linear
 
 _LAYERS = ("conv", "conv_transpose", "linear")
 
@@ -55,7 +59,7 @@ class FoldBatchNorm(RulePass):
         """Return the one rule of this pass."""
         pattern = op("batch_norm", bind="norm", input=op(*_LAYERS, bind="layer", readers=1))
         done = {"norm": "batch norm folded into {layer}", "layer": "batch norm {norm} folded in"}
-        return (Rule("fold-batch-norm", pattern, _fold_backward, _check_backward, done, explains_mismatch=True),)
+        return (Rule("fold-batch-norm", pattern, _fold_backward, check_backward, done, explains_mismatch=True),)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class FoldBatchNormForward(RulePass):
 # -- when -------------------------------------------------------------------------------------------------------------
 
 
-def _check_backward(match: Match) -> Refusal | None:
+def check_backward(match: Match) -> Refusal | None:
+    """Return why the batch norm `norm` is no part of the layer `layer` before it, or None."""
     return _check_norm(match) or _check_uses(match) or _check_values(match) or _check_finite(match, folded_backward)
 
 
@@ -150,7 +155,7 @@ def _check_values(match: Match) -> Refusal | None:
 
 def _check_border(match: Match) -> Refusal | None:
     layer, node = match.module("layer"), match["layer"]
-    if not bool(_scale_and_shift(match.module("norm"))[1].any()):
+    if not bool(scale_and_shift(match.module("norm"))[1].any()):
         return None
     if isinstance(layer, _ConvTransposeNd):
         if {*layer.kernel_size, *layer.stride} != {1} or any(layer.output_padding):
@@ -173,71 +178,13 @@ def _pads(layer: _ConvNd) -> bool:
 
 
 def _check_finite(match: Match, fold: Callable[[Layer, _BatchNorm], Folded]) -> Refusal | None:
-    folded = fold(match.module("layer"), match.module("norm"))
+    with torch.no_grad():
+        folded = fold(match.module("layer"), match.module("norm"))
     if bool(folded.weight.isfinite().all()) and bool(folded.bias.isfinite().all()):
         match.findings["folded"] = folded
         return None
     layer = match["layer"]
     return refuse(f"the folded weight of `{layer.target}` would not be finite in {folded.weight.dtype}", layer)
-
-
-# -- the algebra ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Folded:
-    """The new weight and bias of a layer, in its own shape and dtype."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-def folded_backward(layer: Layer, norm: _BatchNorm) -> Folded:
-    """Return weight and bias of one layer that computes `norm(layer(x))`."""
-    weight = _grouped(layer, layer.weight.detach().double())
-    scale, shift = _scale_and_shift(norm)
-    bias = shift if layer.bias is None else shift + scale * layer.bias.detach().double()
-    scaled = weight * scale.view(len(weight), -1, 1, 1)
-    return Folded(_ungrouped(layer, scaled).to(layer.weight.dtype), bias.to(layer.weight.dtype))
-
-
-def folded_forward(layer: Layer, norm: _BatchNorm) -> Folded:
-    """Return weight and bias of one layer that computes `layer(norm(x))`, where every tap reads the input."""
-    weight = _grouped(layer, layer.weight.detach().double())
-    scale, shift = _scale_and_shift(norm)
-    bias = (weight * shift.view(len(weight), 1, -1, 1)).sum((2, 3)).flatten()
-    if layer.bias is not None:
-        bias = bias + layer.bias.detach().double()
-    scaled = weight * scale.view(len(weight), 1, -1, 1)
-    return Folded(_ungrouped(layer, scaled).to(layer.weight.dtype), bias.to(layer.weight.dtype))
-
-
-def _scale_and_shift(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch norm as scale * x + shift, one number per channel, in float64."""
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        raise UnsupportedError("a batch norm without running statistics is no fixed scale and shift")
-    scale = torch.rsqrt(variance.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -scale * mean.double()
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
-
-
-def _grouped(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
-    """A weight, or its mask, in the one form of all layers: (groups, out / groups, in / groups, kernel elements)."""
-    if isinstance(layer, nn.Linear):
-        return weight[None, :, :, None]
-    groups, kernel = layer.groups, math.prod(layer.kernel_size)
-    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], kernel)
-    return grouped.transpose(1, 2) if layer.transposed else grouped
-
-
-def _ungrouped(layer: Layer, grouped: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_grouped`."""
-    if not isinstance(layer, nn.Linear) and layer.transposed:
-        grouped = grouped.transpose(1, 2)
-    return grouped.reshape(layer.weight.shape)
 
 
 # -- the edits --------------------------------------------------------------------------------------------------------
@@ -255,7 +202,7 @@ def _fold_forward(match: Match) -> None:
     """Columns of the weight that the batch norm's mask holds at zero stay there; the bias does if nothing is added."""
     gamma, _ = _norm_masks(match)
     _mask_weight(match, gamma, 2)
-    if bool(_scale_and_shift(match.module("norm"))[1].any()):
+    if bool(scale_and_shift(match.module("norm"))[1].any()):
         match.workspace.set_mask(f"{match['layer'].target}.bias", None)
     _finish(match)
 
@@ -271,10 +218,10 @@ def _mask_weight(match: Match, channels: torch.Tensor | None, axis: int) -> None
         return
     layer, path = match.module("layer"), f"{match['layer'].target}.weight"
     old = graph_info(match.workspace.graph_module).masks.get(path, torch.ones_like(layer.weight, dtype=torch.bool))
-    grouped = _grouped(layer, old)
-    shape = [len(grouped), 1, 1, 1]
+    rows = grouped(layer, old)
+    shape = [len(rows), 1, 1, 1]
     shape[axis] = -1
-    match.workspace.set_mask(path, _ungrouped(layer, grouped & channels.to(old.device).view(shape)))
+    match.workspace.set_mask(path, ungrouped(layer, rows & channels.to(old.device).view(shape)))
 
 
 def _finish(match: Match) -> None:

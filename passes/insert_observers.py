@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -14,12 +14,15 @@ from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, set_info
 from fxcompress.graph.regions import regions
+from fxcompress.passes.fuse_activation import FuseActivation
+from fxcompress.passes.join_conv_bn import join_batch_norms, normed_layers
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, data_field
 from fxcompress.quant.cpu import cpu_features
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import FakeQuantize, LearnedQuantize
+from fxcompress.quant.normed_layers import NormedLayer
 from fxcompress.quant.observers import OBSERVERS, ChannelMean, ExternalObserver, Observer
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
-from fxcompress.quant.spec import REDUCED_WEIGHT, WEIGHT
+from fxcompress.quant.spec import BITS, activation_spec, weight_spec
 
 _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d,
@@ -29,8 +32,38 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
 }
 
 
+#: Observers with a range for each channel, which are for weights.
+_PER_CHANNEL = ("per-channel", "per-channel-error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserverOptions(Pass):
+    """The options that the passes with observers share; they are described at `InsertObservers`."""
+
+    activation: Any = None
+    weight: Any = None
+    reduced_range: bool | None = None
+    ignore: Any = ()
+    weight_bits: int = 8
+    activation_bits: int = 8
+    qconfig: Any = data_field()
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for option in ("activation", "weight"):
+            given = getattr(self, option)
+            if isinstance(given, str) and given not in OBSERVERS:
+                raise OptionError(f"{name}: there is no observer {given!r}{did_you_mean(given, OBSERVERS)}")
+        if self.activation in _PER_CHANNEL:
+            raise OptionError(f"{name}: values have one scale each, so activation={self.activation!r} cannot be")
+        for option, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
+            if not isinstance(bits, int) or bits not in BITS:
+                raise OptionError(f"{name}: {option} must be a whole number from {BITS[0]} to {BITS[-1]}, not {bits!r}")
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+
+
 @dataclass(frozen=True)
-class InsertObservers(Pass):
+class InsertObservers(ObserverOptions):
     """Put observers on the weights of convolutions and linear layers, and on the values that 8-bit kernels will read.
 
     1. What becomes 8-bit is decided by `analysis.quantization`; the ledger has the reason for every layer and node that
@@ -43,39 +76,64 @@ class InsertObservers(Pass):
     5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
     6. Observers return what they are given, so the graph computes what it did before.
 
+    With `qat`, for training (`Train`, `Distill`) before `ConvertObserved`:
+
+    7. In the places of the observers are fake-quantisers (`quant.fake_quantize`). From the first batch in training mode
+       on they round; what they have learned or observed by then stays late in training.
+    8. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer that they will be
+       (`quant.normed_layers`). `ConvertObserved` folds them. Batch norms that were folded before are no hindrance.
+       Those that a caller's model in training mode keeps in evaluation mode keep their statistics from the start.
+    9. What kernels compute as well is found out here, behind the layers so joined.
+    10. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
+       that round already.
+
     Args:
         activation: observer of values: "histogram", "minmax", "moving-average" or "percentile"; or an observer class of
-            `fxcompress.quant.observers` or of `torch.ao`, or a function that makes one.
-        weight: the same for weights; "per-channel" by default.
+            `fxcompress.quant.observers` or of `torch.ao`, or a function that makes one. None: "histogram", or
+            "moving-average" where it is followed throughout training (`qat` without `learn_steps`).
+        weight: the same for weights, also "per-channel" and "per-channel-error". None: the first of these, or the
+            second for less than 8 bits.
         reduced_range: weights in [-64, 64], which sums without saturation on CPUs without VNNI. None: if this machine
             needs it.
         ignore: layers that stay float, as dotted paths or patterns ("features.0", "head.*").
+        weight_bits: from 2 to 8. Kernels compute with 8 bits in any case, of which fewer are then used.
+        activation_bits: from 2 to 8, for values.
         qat: whether to put trainable fake-quantisers in the place of plain observers.
+        learn_steps: with `qat`, whether steps and offsets are learned as weights are (`LearnedQuantize`), or follow the
+            observers.
+        freeze_norms, freeze_observers: with `qat`, the share of the training steps after which batch norms keep their
+            running statistics, and fake-quantisers their grids; 1 for never.
         correct_bias: whether biases shall make up for what rounding the weights changes on average. Not with `qat`,
             where training does it.
         qconfig: a `QConfig` or `QConfigMapping` of `torch.ao`, in the place of `activation` and `weight`.
     """
 
-    activation: Any = "histogram"
-    weight: Any = "per-channel"
-    reduced_range: bool | None = None
-    ignore: tuple[str, ...] = ()
     qat: bool = False
+    learn_steps: bool = True
+    freeze_norms: float = 0.8
+    freeze_observers: float = 0.9
     correct_bias: bool = True
-    qconfig: Any = data_field()
 
     name: ClassVar[str] = "insert-observers"
     produces: ClassVar[Stage | None] = Stage.OBSERVED
     contract: ClassVar[Contract] = Contract.EXACT
 
     def __post_init__(self) -> None:
-        check_observer_options(self)
+        super().__post_init__()
+        for option in ("freeze_norms", "freeze_observers"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise OptionError(
+                    f"InsertObservers: {option} is a share of the training in [0, 1], not {getattr(self, option)!r}"
+                )
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Plan, then insert."""
+        notes: list[Note] = []
+        if self.qat:
+            notes += join_batch_norms(graph_module, context.model).notes("not joined")
+            notes += FuseActivation().run(graph_module, context).notes
         reduced = not cpu_features().vnni if self.reduced_range is None else self.reduced_range
-        default = ObserverChoice(self.activation, self.weight, REDUCED_WEIGHT if reduced else WEIGHT)
-        choose = chooser(self.qconfig, default)
+        choose = chooser(self.qconfig, self._default_choice(reduced))
         ignored = matching_layers(graph_module, self.ignore)
 
         def accepts(path: str, module: nn.Module) -> str | None:
@@ -84,37 +142,39 @@ class InsertObservers(Pass):
             return None if choose(path, module) else "no QConfig for it"
 
         plan = plan_quantization(graph_module, accepts)
-        edits = _Insertion(graph_module, plan, choose, self.qat, self.correct_bias and not self.qat).run()
-        notes = [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
-        if reduced and plan.anchors:
+        edits = _Insertion(graph_module, plan, choose, self).run()
+        notes += [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
+        if reduced and plan.anchors and self.weight_bits == 8:
             notes.append(Note("target cpu", "weights in 7 bits: without VNNI, sums of products of 8 bits saturate"))
-        return PassResult(graph_module, edits > 0, edits, tuple(notes))
+        modified = edits > 0 or bool(normed_layers(graph_module))
+        return PassResult(graph_module, modified, edits, tuple(notes))
 
+    def _default_choice(self, reduced: bool) -> ObserverChoice:
+        followed = self.qat and not self.learn_steps
+        activation = ("moving-average" if followed else "histogram") if self.activation is None else self.activation
+        weight = _PER_CHANNEL[self.weight_bits < 8] if self.weight is None else self.weight
+        weights, values = weight_spec(self.weight_bits, reduced), activation_spec(self.activation_bits)
+        return ObserverChoice(activation, weight, weights, values)
 
-def check_observer_options(item: object) -> None:
-    """Check the options that `InsertObservers` and `Quantize` share."""
-    for option in ("activation", "weight"):
-        given = getattr(item, option)
-        if isinstance(given, str) and given not in OBSERVERS:
-            raise OptionError(f"{type(item).__name__}: there is no observer {given!r}{did_you_mean(given, OBSERVERS)}")
-    activation, ignore = getattr(item, "activation"), getattr(item, "ignore")  # noqa: B009 - fields of either class
-    if activation == "per-channel":
-        raise OptionError(f"{type(item).__name__}: values have one scale each, so activation='per-channel' cannot be")
-    object.__setattr__(item, "ignore", (ignore,) if isinstance(ignore, str) else tuple(ignore))
+    def fake_quantizer(self, observer: Any, **options: Any) -> nn.Module:
+        """Return a fake-quantiser that starts with, or follows, an observer; the observer itself without `qat`."""
+        if not self.qat or not isinstance(observer, (Observer, ExternalObserver)):
+            return cast("nn.Module", observer)
+        kind = LearnedQuantize if self.learn_steps else FakeQuantize
+        return kind(observer, freeze_at=self.freeze_observers, **options)
 
 
 class _Insertion:
     """Applies a plan to a graph."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, plan: QuantizationPlan, choose: Chooser, qat: bool, correct_bias: bool
+        self, graph_module: fx.GraphModule, plan: QuantizationPlan, choose: Chooser, options: InsertObservers
     ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.plan = plan
         self.choose = choose
-        self.qat = qat
-        self.correct_bias = correct_bias
+        self.options = options
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.container = edit.unique_path(graph_module, "observers")
         self.layers = {anchor.path: graph_module.get_submodule(anchor.path) for anchor in plan.anchors}
@@ -125,31 +185,31 @@ class _Insertion:
     def run(self) -> int:
         """Return how many observers were inserted."""
         for anchor in self.plan.anchors:
-            self._make_functional(anchor)
+            layer = self.layers[anchor.path]
+            if not isinstance(layer, NormedLayer):
+                self._make_functional(anchor)
+            elif layer.quantizer is None:
+                layer.quantizer = self._weight_quantizer(anchor.path)
+                layer.freeze_norm(min(layer.freeze_at, self.options.freeze_norms))
         for group in self.plan.groups:
             self._observe(group)
-        return len(self.paths)
+        quantizers = [layer.quantizer for layer in self.layers.values() if isinstance(layer, NormedLayer)]
+        devices = [layer.get_parameter("weight").device for layer in self.layers.values()]
+        for module in (*self.paths, *filter(None, quantizers)):
+            module.train(self.graph_module.training).to(devices[0])
+        return len(self.paths) + len(quantizers)
 
     def _make_functional(self, anchor: Anchor) -> None:
-        node, layer = self.nodes[anchor.node], self.layers[anchor.path]
+        node = self.nodes[anchor.node]
         with self.graph.inserting_before(node):
-            bias = None
-            if layer.bias is not None:
-                bias = self.graph.get_attr(f"{anchor.path}.bias")
-                set_info(bias, layer=anchor.path)
             if anchor.path not in self.weights:
                 self.weights[anchor.path] = self._observed_weight(anchor.path)
             value = self._averaged(node.args[0], anchor.path)
-        function: ops.Function = _FUNCTIONS[type(layer)]
-        bound: dict[str, Any] = {"input": value, "weight": self.weights[anchor.path], "bias": bias}
-        if not isinstance(layer, nn.Linear):
-            bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        node.op, node.target = "call_function", function
-        node.args, node.kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
+        make_functional(self.graph_module, node, value, self.weights[anchor.path])
 
     def _averaged(self, value: Any, path: str) -> Any:
         """The input of a layer, behind its `ChannelMean` if there shall be one."""
-        if not self.correct_bias:
+        if not self.options.correct_bias or self.options.qat:
             return value
         if path not in self.means:
             layer: Any = self.layers[path]
@@ -162,14 +222,21 @@ class _Insertion:
 
     def _observed_weight(self, path: str) -> fx.Node:
         weight = self.graph.get_attr(f"{path}.weight")
-        observer = self._choice(path).weight_observer()
-        observed = self._call(f"{path.replace('.', '_')}_weight", observer, weight)
+        observed = self._call(f"{path.replace('.', '_')}_weight", self._weight_quantizer(path), weight)
         for node in (weight, observed):
             set_info(node, layer=path)
         return observed
 
+    def _weight_quantizer(self, path: str) -> Any:
+        """A new observer of the weight of a layer, or the fake-quantiser for it."""
+        observer: Any = self._choice(path).weight_observer()
+        axis = getattr(observer.spec, "channel_axis", None)
+        weight: Any = self.layers[path].weight
+        channels = None if axis is None else weight.shape[axis]
+        return self.options.fake_quantizer(observer, is_weight=True, channels=channels)
+
     def _observe(self, group: GridGroup) -> None:
-        observer = self._choice(group.layer).activation_observer()
+        observer = self.options.fake_quantizer(self._choice(group.layer).activation_observer())
         for name in group.values:
             value = self.nodes[name]
             readers = list(value.users)
@@ -188,21 +255,38 @@ class _Insertion:
         """Call an observer, which gets a path at its first call."""
         if observer not in self.paths:
             self.paths[observer] = edit.unique_path(self.graph_module, f"{self.container}.{name}")
-            module = observer
-            if self.qat and isinstance(observer, (Observer, ExternalObserver)):
-                module = FakeQuantize(observer)
-            edit.add_module(self.graph_module, self.paths[observer], module)
+            edit.add_module(self.graph_module, self.paths[observer], observer)
         return self.graph.call_module(self.paths[observer], (value,))
 
 
+def make_functional(graph_module: fx.GraphModule, node: fx.Node, value: Any, weight: fx.Node) -> None:
+    """Turn the call of a convolution or linear layer into that of the function, with a value and a weight by nodes."""
+    path, layer = str(node.target), cast("Any", ops.submodule(node))
+    bias = None
+    if layer.bias is not None:
+        with graph_module.graph.inserting_before(node):
+            bias = graph_module.graph.get_attr(f"{path}.bias")
+        set_info(bias, layer=path)
+    function: ops.Function = _FUNCTIONS[type(layer)]
+    bound: dict[str, Any] = {"input": value, "weight": weight, "bias": bias}
+    if not isinstance(layer, nn.Linear):
+        bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    node.op, node.target = "call_function", function
+    node.args, node.kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
+
+
 def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Return the observers that a graph and its regions call, by path."""
+    """Return the observers that a graph and its regions call, by path, with those inside layers joined with norms."""
     graphs = {"": graph_module, **{f"{region.path}.": region.graph_module for region in regions(graph_module)}}
-    found = {
-        f"{prefix}{node.target}": ops.submodule(node)
-        for prefix, graph in graphs.items() for node in graph.graph.nodes if node.op == "call_module"
-    }  # fmt: skip
-    return {path: module for path, module in found.items() if is_observer(module)}
+    found: dict[str, Any] = {}
+    for prefix, graph in graphs.items():
+        for node in graph.graph.nodes:
+            module, path = ops.submodule(node), f"{prefix}{node.target}"
+            if isinstance(module, NormedLayer):
+                module, path = module.quantizer, f"{path}.quantizer"
+            if is_observer(module):
+                found[path] = module
+    return found
 
 
 def is_observer(module: object) -> bool:

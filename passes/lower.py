@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
+from fxcompress.emit.native.library import unavailable
 from fxcompress.errors import UnsupportedError
 from fxcompress.graph.metadata import Stage
 from fxcompress.passes.lower_cpu_int8 import lower_cpu_int8
-from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice
+from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice
 
 _TARGETS = ("cpu", "cuda")
 
@@ -40,4 +41,10 @@ class Lower(Pass):
         target = self.target or context.target
         if target != "cpu":
             raise UnsupportedError(f"there are no int8 kernels for target {target!r} yet; use target='cpu'")
-        return lower_cpu_int8(graph_module)
+        result = lower_cpu_int8(graph_module)
+        context.progress("building the kernels, once on each machine", 0, None)
+        reason = unavailable() if result.modified else None
+        if reason is None:
+            return result
+        note = Note("target cpu", f"the graph runs node by node, without kernels of our own: {reason}")
+        return replace(result, notes=(*result.notes, note))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
 from fxcompress import processes
-from fxcompress.analysis import gradients, latency
-from fxcompress.analysis.budget import Budget, Latency, read_budget
+from fxcompress.analysis import gradients, latency, layer_latency
+from fxcompress.analysis.budget import Budget, CostOfChoice, Latency, read_budget
 from fxcompress.analysis.channels import ChannelAnalysis, Floats, analyse
 from fxcompress.analysis.importance import (
     AGGREGATES,
@@ -25,15 +27,29 @@ from fxcompress.analysis.importance import (
     compares_across_layers,
     score,
 )
+from fxcompress.analysis.joint import Joint, join
+from fxcompress.analysis.layer_latency import give_back
 from fxcompress.analysis.layers import InPython, LayerRatio, matching_layers, ratios_of_layers, read_layers, read_ratios
 from fxcompress.analysis.plans import HEADS, ChannelPlan, choose, choose_all, shares_of_layers
-from fxcompress.analysis.trial import refusals, to_zero
-from fxcompress.errors import BudgetError, InputError, OptionError
+from fxcompress.analysis.schedule import Way
+from fxcompress.analysis.trial import masked, refusals, to_zero
+from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import edit
 from fxcompress.graph.batches import read_batches, read_pairs
+from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.passes.remove_channels import RemoveChannels
-from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, check_choice, check_fraction, data_field
+from fxcompress.pipeline.base import (
+    Contract,
+    Note,
+    Pass,
+    PassContext,
+    PassResult,
+    Piece,
+    check_choice,
+    check_fraction,
+    data_field,
+)
 from fxcompress.train.data import is_shared
 from fxcompress.train.losses import find_loss
 
@@ -110,11 +126,13 @@ class MaskChannels(ChannelOptions):
         ratio: share of the channels to mask, 0 <= ratio < 1; of every layer, or of all layers together.
         budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)`, `fxc.Bytes(0.5)` or text such as "macs:0.5",
             met within 3 %; or `fxc.Latency(0.5)`, `fxc.Latency(ms=5.0, batch=1)`, "latency:5ms": candidates are pruned
-            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is.
+            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is. Layers
+            that are slower at their new size get channels back. A budget is that of the whole model, also where parts
+            of it stay Python.
         importance: "l1", "l2", "lamp", "fpgm", "bn_scale", "random"; "taylor", "hessian" or "activation", which need
             data; or a function(weight, dimension) -> scores of shape (weight.shape[dimension],), at least 0. What they
             are, and the papers: `fxcompress.analysis.importance`.
-        scope: "global" (all layers ranked together) or "layer" (the same share of every layer).
+        scope: "global" (all layers of the whole model ranked together) or "layer" (the same share of every layer).
         round_to: every layer keeps a multiple of this many channels.
         heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
             "both" (a little of each).
@@ -134,84 +152,160 @@ class MaskChannels(ChannelOptions):
 
     name: ClassVar[str] = "mask-channels"
 
+    def on_the_way(self, way: Way) -> MaskChannels:
+        """Return the pass that masks smaller shares, or meets a point on the way to the budget."""
+        return dataclasses.replace(
+            self,
+            ratio=None if self.ratio is None else way.gone(self.ratio),
+            budget=None if self.budget is None else dataclasses.replace(read_budget(self.budget), way=way),
+            ratios=tuple(LayerRatio(item.pattern, way.gone(item.ratio)) for item in self.ratios),
+        )
+
+    @property
+    def joins(self) -> bool:
+        """Whether channels of all pieces of a model are ranked together, or share a budget."""
+        return self.budget is not None or self.scope == "global"
+
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Plan and zero, until there is nothing more to zero.
 
         Masks change the scores of the channels that are left, and with them which of these could make up for one that
-        had to be spared. Criteria that need data, and functions, are asked once.
+        had to be spared. Criteria that need data, functions and clocks are asked once; the graph remembers that.
         """
-        criterion = self._criterion()
-        once = isinstance(self.budget, Latency) or not isinstance(criterion, str) or criterion in DATA_CRITERIA
-        total, plan, metrics = 0, None, dict[str, Any]()
-        for _ in range(1 if once else _ROUNDS):
-            plan, metrics = self._plan(graph_module, context)
-            edits = mask(graph_module, plan)
+        piece = Piece(graph_module, context)
+        if self._has_chosen(graph_module):
+            return PassResult(graph_module, False)
+        total, decision = 0, None
+        for _ in range(self._rounds()):
+            decision = self._plan([piece])
+            edits = mask(graph_module, decision.plans[0])
             if not edits:
                 break
             total = edits
-        notes = tuple(plan.notes("masked")) if plan is not None else ()
-        return PassResult(graph_module, total > 0, total, notes, metrics)
+        notes = decision.notes(0) if decision is not None else ()
+        self._remember_choice(graph_module)
+        return PassResult(graph_module, total > 0, total, notes, decision.metrics if decision is not None else {})
 
-    def _plan(self, graph_module: fx.GraphModule, context: PassContext) -> tuple[ChannelPlan, dict[str, Any]]:
-        analysis = analyse(graph_module, ignore=matching_layers(graph_module, self.ignore, context.model))
-        ratios: tuple[LayerRatio, ...] = self.ratios
-        shares = shares_of_layers(analysis, ratios_of_layers(graph_module, ratios, context.model))
-        scores = self._score(graph_module, analysis, context)
+    def decide(self, pieces: Sequence[Piece]) -> Sequence[Pass]:
+        """Plan over all pieces of a model; masks are tried out and taken back."""
+        if all(self._has_chosen(piece.graph_module) for piece in pieces):
+            return [_Decided(self, 0, ()) for _ in pieces]
+        decisions = []
+        with ExitStack() as stack:
+            for _ in range(self._rounds()):
+                decision = self._plan(pieces)
+                decisions.append(decision)
+                tried = list(zip(pieces, decision.plans, strict=True))
+                if not any(_changes(piece.graph_module, plan) for piece, plan in tried):
+                    break
+                for piece, plan in tried:
+                    stack.enter_context(masked(piece.graph_module, plan))
+        return [_Decided(self, index, tuple(decisions)) for index in range(len(pieces))]
 
-        everything = choose_all(analysis, scores, self.heads)
-        fixed = refusals(graph_module, everything) if everything.dead.any() else {}
+    def _rounds(self) -> int:
+        return 1 if self._asks_once() else _ROUNDS
+
+    def _asks_once(self) -> bool:
+        criterion = self._criterion()
+        return isinstance(self.budget, Latency) or not isinstance(criterion, str) or criterion in DATA_CRITERIA
+
+    def _has_chosen(self, graph_module: fx.GraphModule) -> bool:
+        """Whether this pass has masked the graph before, and no channel was removed since."""
+        return self._asks_once() and graph_info(graph_module).choice == self._choice(graph_module)
+
+    def _remember_choice(self, graph_module: fx.GraphModule) -> None:
+        if self._asks_once():
+            graph_info(graph_module).choice = self._choice(graph_module)
+
+    def _choice(self, graph_module: fx.GraphModule) -> tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+        return str(self), tuple((path, tuple(one.shape)) for path, one in graph_module.named_parameters())
+
+    def _plan(self, pieces: Sequence[Piece]) -> Decision:
+        """Decide over one or several graphs together."""
+        known = self._survey(pieces)
+        everything = choose_all(known.joint.analysis, known.scores, self.heads)
+        fixed = known.refused(everything)
+        whole = pieces[0].context.around(pieces[0].graph_module)
+        cost = None
+        if isinstance(self.budget, Budget):
+            named = [(piece.path, piece.graph_module) for piece in pieces]
+            cost = CostOfChoice(whole.graph_module, known.joint.analysis, named)
 
         def plan_for(ratio: float | None, budget: Budget | None = None) -> ChannelPlan:
             def decide(kept: Mapping[int, str]) -> ChannelPlan:
                 return choose(
-                    graph_module, analysis, scores, ratio=ratio, budget=budget, scope=self.scope,
-                    round_to=self.round_to, heads=self.heads, shares=shares, kept=kept,
-                    relative=not compares_across_layers(self._criterion()),
+                    whole.graph_module, known.joint.analysis, known.scores, ratio=ratio, budget=budget,
+                    scope=self.scope, round_to=self.round_to, heads=self.heads, shares=known.shares, kept=kept,
+                    relative=not compares_across_layers(self._criterion()), cost=cost,
                 )  # fmt: skip
 
-            return _of_what_can_go(graph_module, everything, fixed, decide)
+            return _of_what_can_go(known.refused, everything, fixed, decide)
 
         if isinstance(self.budget, Latency):
-            return self._meet_latency(self.budget, graph_module, context, plan_for, scores)
-        return plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None), {}
+            budget, unchanged = self.budget, known.joint.split(plan_for(0.0))
 
-    def _meet_latency(
-        self,
-        budget: Latency,
-        graph_module: fx.GraphModule,
-        context: PassContext,
-        plan_for: Callable[[float], ChannelPlan],
-        scores: Floats,
-    ) -> tuple[ChannelPlan, dict[str, Any]]:
-        """Prune copies for real, time them against the graph as it is, and return the plan of the best."""
-        if budget.ms is not None and (context.whole is not None or graph_info(graph_module).regions):
-            raise BudgetError(
-                f"{budget} is for a whole model, but this one is captured in pieces: give a fraction, "
-                f"such as fxc.Latency(0.5), which every piece meets by itself"
-            )
-        inputs = latency.with_batch(context.example_inputs, budget.batch)
-        quiet = dataclasses.replace(context, progress=lambda description, done, total: None)
+            def find() -> tuple[Any, ...]:
+                found = self._meet_latency(budget, known, plan_for)
+                return [(plan.dead, plan.reasons) for plan in found.plans], found.metrics, found.given_back
 
-        def pruned(plan: ChannelPlan) -> fx.GraphModule:
-            candidate = copy.deepcopy(graph_module)
-            mask(candidate, plan)
-            removed = RemoveChannels().run(candidate, quiet).graph_module
-            removed.recompile()
-            return removed
+            choices, *told = processes.from_main(find, "measuring latency")
+            plans = zip(unchanged, choices, strict=True)
+            return Decision(tuple(dataclasses.replace(plan, dead=d, reasons=r) for plan, (d, r) in plans), *told)
+        plan = plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None)
+        return Decision(tuple(known.joint.split(plan)))
+
+    def _survey(self, pieces: Sequence[Piece]) -> _Survey:
+        """Look at all graphs, and score their channels."""
+        ratios: tuple[LayerRatio, ...] = self.ratios
+        analyses, shares, scores = [], [], []
+        for piece in pieces:
+            graph, model = piece.graph_module, piece.context.model
+            analysis = analyse(graph, ignore=matching_layers(graph, self.ignore, model))
+            analyses.append(analysis)
+            shares.append(shares_of_layers(analysis, ratios_of_layers(graph, ratios, model)))
+            scores.append(self._score(graph, analysis, piece.context))
+        joint = join(analyses, [piece.path for piece in pieces])
+        return _Survey(tuple(pieces), joint, np.concatenate(scores), np.concatenate(shares))
+
+    def _meet_latency(self, budget: Latency, known: _Survey, plan_for: Callable[[float], ChannelPlan]) -> Decision:
+        """Prune copies for real, time them against the model as it is, and return the plan of the best.
+
+        Layers that are slower than before in that plan get channels back, unless the budget were missed.
+        """
+        context = known.pieces[0].context
+        whole = context.around(known.pieces[0].graph_module)
+        inputs = latency.with_batch(whole.inputs, budget.batch)
 
         def measure(plan: ChannelPlan) -> latency.Pair:
-            return latency.time_pair(graph_module, pruned(plan), inputs)
+            candidate = _pruned(whole.graph_module, known.pieces, known.joint.split(plan))
+            return latency.time_pair(whole.graph_module, candidate, inputs)
 
         unchanged = plan_for(0.0)
-        before = dataclasses.replace(unchanged, dead=scores == -1.0)  # by an earlier run, perhaps of this very pass
+        before = dataclasses.replace(unchanged, dead=known.scores == -1.0)  # by an earlier run, perhaps of this pass
         search = latency.Search(budget, plan_for, measure, context.progress)
+        outcome = search.run(before if before.dead.any() else unchanged)
+        plans, notes = self._without_slower_layers(outcome.plan, known, _growth(whole.inputs, inputs))
+        better = known.joint.merged(plans)
+        if (better.dead == outcome.plan.dead).all():
+            return Decision(tuple(known.joint.split(outcome.plan)), outcome.metrics)
+        again = search.judge(better, outcome)
+        given_back = notes if again.plan is better else ()
+        return Decision(tuple(known.joint.split(again.plan)), again.metrics, given_back)
 
-        def find() -> tuple[Any, ...]:
-            outcome = search.run(before if before.dead.any() else unchanged)
-            return outcome.plan.dead, outcome.plan.reasons, outcome.metrics
-
-        dead, reasons, metrics = processes.from_main(find, "measuring latency")
-        return dataclasses.replace(unchanged, dead=dead, reasons=reasons), metrics
+    def _without_slower_layers(
+        self, plan: ChannelPlan, known: _Survey, batch: float
+    ) -> tuple[list[ChannelPlan], tuple[tuple[Note, ...], ...]]:
+        """What layers of each piece get back, and the lines of the ledger about it."""
+        found = [
+            give_back(
+                piece.graph_module, own, scores, batch=batch, round_to=self.round_to,
+                measure=layer_latency.time_layers,
+            )
+            for piece, own, scores in zip(
+                known.pieces, known.joint.split(plan), known.joint.parted(known.scores), strict=True
+            )
+        ]  # fmt: skip
+        return [own for own, _ in found], tuple(notes for _, notes in found)
 
     def _criterion(self) -> str | Function:
         return self.importance.value if isinstance(self.importance, InPython) else str(self.importance)
@@ -256,8 +350,79 @@ class MaskChannels(ChannelOptions):
         return found[0]
 
 
+@dataclass(frozen=True)
+class _Survey:
+    """Graphs, their analyses put together, and the score and the share of its own (or NaN) of every group."""
+
+    pieces: tuple[Piece, ...]
+    joint: Joint
+    scores: Floats
+    shares: Floats
+
+    def refused(self, plan: ChannelPlan) -> dict[int, str]:
+        """Return the groups of a plan that could not be removed, with the reasons."""
+        return self.joint.renumbered(
+            refusals(piece.graph_module, part) if part.dead.any() else {}
+            for piece, part in zip(self.pieces, self.joint.split(plan), strict=True)
+        )
+
+
+def _growth(example: ExampleInputs, inputs: ExampleInputs) -> float:
+    """By what the batch size of the example is multiplied."""
+    return inputs.tensors()[0].shape[0] / max(example.tensors()[0].shape[0], 1)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes from each piece of a model, figures for the report, and what each piece got back."""
+
+    plans: tuple[ChannelPlan, ...]
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    given_back: tuple[tuple[Note, ...], ...] = ()
+
+    def notes(self, piece: int) -> tuple[Note, ...]:
+        """Return the ledger of one piece."""
+        return (*self.plans[piece].notes("masked"), *(self.given_back[piece] if self.given_back else ()))
+
+
+@dataclass(frozen=True)
+class _Decided(Pass):
+    """Masks one piece as it was decided for all of them together."""
+
+    decided_by: MaskChannels
+    piece: int
+    decisions: tuple[Decision, ...]
+
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Mask."""
+        if not self.decisions:
+            return PassResult(graph_module, False)
+        edits = [mask(graph_module, decision.plans[self.piece]) for decision in self.decisions]
+        self.decided_by._remember_choice(graph_module)
+        last = self.decisions[-1]
+        total = next((count for count in reversed(edits) if count), 0)
+        metrics = last.metrics if self.piece == 0 else {}  # they are of the whole model
+        return PassResult(graph_module, total > 0, total, last.notes(self.piece), metrics)
+
+    def __str__(self) -> str:
+        return str(self.decided_by)
+
+
+def _pruned(root: fx.GraphModule, pieces: Sequence[Piece], plans: Sequence[ChannelPlan]) -> fx.GraphModule:
+    """A copy of a model without what is planned to go from its pieces."""
+    candidate = copy.deepcopy(root)
+    for piece, plan in zip(pieces, plans, strict=True):
+        own: fx.GraphModule = edit.attribute(candidate, piece.path) if piece.path else candidate
+        quiet = dataclasses.replace(piece.context, progress=lambda description, done, total: None)
+        mask(own, plan)
+        RemoveChannels().run(own, quiet).graph_module.recompile()
+    return candidate
+
+
 def _of_what_can_go(
-    graph_module: fx.GraphModule,
+    refused: Callable[[ChannelPlan], Mapping[int, str]],
     everything: ChannelPlan,
     kept: Mapping[int, str],
     decide: Callable[[Mapping[int, str]], ChannelPlan],
@@ -272,13 +437,21 @@ def _of_what_can_go(
         plan = decide(kept)
         if not (plan.dead & ~everything.dead).any():
             return plan
-        refused = refusals(graph_module, plan)
-        if not refused:
+        more = refused(plan)
+        if not more:
             return plan
-        kept = {**kept, **refused}
+        kept = {**kept, **more}
     dead = plan.dead.copy()
     dead[list(kept)] = False
     return dataclasses.replace(plan, dead=dead, reasons={**plan.reasons, **kept})
+
+
+def _changes(graph_module: fx.GraphModule, plan: ChannelPlan) -> bool:
+    """Whether a plan would zero anything that is not zero."""
+    return any(
+        bool(torch.count_nonzero(tensor.detach().index_select(parameter.dimension, indices)))
+        for parameter, tensor, indices in to_zero(graph_module, plan)
+    )
 
 
 def mask(graph_module: fx.GraphModule, plan: ChannelPlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from fxcompress.analysis.layers import matching_layers
+from fxcompress.analysis.schedule import Way
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import graph_info
 from fxcompress.passes.mask_channels import SCOPES
@@ -55,6 +57,12 @@ class MaskWeights(Pass):
         check_choice("MaskWeights", "scope", self.scope, SCOPES)
         check_choice("MaskWeights", "pattern", self.pattern, PATTERNS)
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+
+    def on_the_way(self, way: Way) -> MaskWeights | None:
+        """Return the pass that masks a smaller amount; None for the pattern "2:4", which has no amounts in between."""
+        if self.pattern == "2:4":
+            return None
+        return dataclasses.replace(self, amount=way.gone(self.amount))
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Decide on the masks of all layers, then apply them."""

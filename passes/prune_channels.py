@@ -22,11 +22,13 @@ class PruneChannels(ChannelOptions):
         ratio: share of the channels to remove, 0 <= ratio < 1; of every layer, or of all layers together.
         budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)`, `fxc.Bytes(0.5)` or text such as "macs:0.5",
             met within 3 %; or `fxc.Latency(0.5)`, `fxc.Latency(ms=5.0, batch=1)`, "latency:5ms": candidates are pruned
-            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is.
+            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is. Layers
+            that are slower at their new size get channels back. A budget is that of the whole model, also where parts
+            of it stay Python.
         importance: "l1", "l2", "lamp", "fpgm", "bn_scale", "random"; "taylor", "hessian" or "activation", which need
             data; or a function(weight, dimension) -> scores of shape (weight.shape[dimension],), at least 0. What they
             are, and the papers: `fxcompress.analysis.importance`.
-        scope: "global" (all layers ranked together) or "layer" (the same share of every layer).
+        scope: "global" (all layers of the whole model ranked together) or "layer" (the same share of every layer).
         round_to: every layer keeps a multiple of this many channels.
         heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
             "both" (a little of each).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,42 +13,35 @@ from fxcompress.graph.metadata import Stage
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_observed import ConvertObserved
 from fxcompress.passes.fuse_activation import FuseActivation
-from fxcompress.passes.insert_observers import InsertObservers, check_observer_options
+from fxcompress.passes.insert_observers import InsertObservers, ObserverOptions
 from fxcompress.passes.lower import Lower
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field
 
 
 @dataclass(frozen=True)
-class Quantize(Pass):
+class Quantize(ObserverOptions):
     """Quantise after training: FuseActivation, InsertObservers, Calibrate, ConvertObserved, Lower.
 
     Args:
         calibration: inputs to measure the values on, see `Calibrate`; None takes what was given to
             `fxcompress.compile(calibration=...)`.
-        activation, weight, reduced_range, ignore, correct_bias, qconfig: see `InsertObservers`.
+        activation, weight, reduced_range, ignore, weight_bits, activation_bits, correct_bias, qconfig: see
+            `InsertObservers`.
         batches: how many batches of the calibration data to take at most.
     """
 
     calibration: Any = data_field()
-    activation: Any = "histogram"
-    weight: Any = "per-channel"
-    reduced_range: bool | None = None
-    ignore: tuple[str, ...] = ()
     batches: int | None = None
     correct_bias: bool = True
-    qconfig: Any = data_field()
 
     name: ClassVar[str] = "quantize"
     produces: ClassVar[Stage | None] = Stage.LOWERED
     contract: ClassVar[Contract] = Contract.APPROXIMATE
 
-    def __post_init__(self) -> None:
-        check_observer_options(self)
-
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes of this group, in order."""
-        names = ("activation", "weight", "reduced_range", "ignore", "correct_bias", "qconfig")
-        observers = InsertObservers(**{name: getattr(self, name) for name in names})
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ObserverOptions)}
+        observers = InsertObservers(**shared, correct_bias=self.correct_bias)
         return (FuseActivation(), observers, Calibrate(self.calibration, self.batches), ConvertObserved(), Lower())
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:

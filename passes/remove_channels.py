@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +16,11 @@ from fxcompress.analysis.channels import Axis, ParameterAxis, analyse
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.plans import ChannelPlan, removable
 from fxcompress.analysis.products import reduces_one_dimension, scaled
-from fxcompress.analysis.transfer import normalised_index, with_numbers
+from fxcompress.analysis.transfer import RESIZE, with_numbers
 from fxcompress.errors import FxCompressError, UnsupportedError
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, opaque, ops
 from fxcompress.graph.metadata import TensorInfo, graph_info, info, set_info
 from fxcompress.graph.modules import PartialGroupNorm, PartialLayerNorm, PartialRMSNorm
-from fxcompress.graph.shapes import propagate
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 
 
@@ -48,7 +47,7 @@ class RemoveChannels(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Analyse, remove, and look again."""
-        before = _widths(graph_module)
+        before = _shapes(graph_module)
         edits = 0
         while True:
             plan = removable(graph_module, analyse(graph_module, constants=True))
@@ -57,35 +56,67 @@ class RemoveChannels(Pass):
             edits += int(plan.dead.sum())
             _apply(graph_module, plan)
             try:
-                propagate(graph_module, context.example_inputs)
+                opaque.propagate(graph_module, context.example_inputs)
             except FxCompressError as error:
                 raise UnsupportedError(f"a size written in the graph cannot follow the removal: {error}") from error
             _check_shapes(graph_module, plan)
-        return PassResult(graph_module, edits > 0, edits, tuple(_notes(plan, before, _widths(graph_module))))
+        return PassResult(graph_module, edits > 0, edits, tuple(_ledger(graph_module, plan, before)))
 
 
-def _widths(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Number of output channels of every layer that makes channels."""
-    found = {}
-    for node in graph_module.graph.nodes:
-        kind = ops.kind(node)
-        if kind in (*ops.ANCHOR_KINDS, "embedding"):
-            module: Any = ops.submodule(node)
-            names = {"conv": "out_channels", "conv_transpose": "out_channels", "linear": "out_features"}
-            found[str(node.target)] = int(getattr(module, names.get(kind, "embedding_dim")))
-    return found
+def _shapes(graph_module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that the graph reads, by path: those inside regions are left to these."""
+    regions = tuple(f"{path}." for path in graph_info(graph_module).regions)
+    return {
+        path: tuple(tensor.shape)
+        for path, tensor in graph_module.named_parameters(remove_duplicate=False)
+        if not path.startswith(regions)
+    }
 
 
-def _notes(plan: ChannelPlan, before: dict[str, int], after: dict[str, int]) -> list[Note]:
-    reasons = {note.layer: note.text for note in plan.notes("pruned")}
-    lines = []
-    for layer, width in before.items():
-        if after[layer] < width:
-            lines.append(Note(layer, f"pruned {width} -> {after[layer]}"))
+def _ledger(graph_module: fx.GraphModule, plan: ChannelPlan, before: dict[str, tuple[int, ...]]) -> Iterator[Note]:
+    """What happened to every layer with parameters, and to every parameter that is read without a layer, and why."""
+    layers = {str(node.target): node for node in graph_module.graph.nodes if node.op == "call_module"}
+    after = _shapes(graph_module)
+    axes: dict[str, list[ParameterAxis]] = defaultdict(list)
+    for parameter in plan.analysis.parameters:
+        for path in parameter.paths:
+            axes[path].append(parameter)
+    said: set[str] = set()
+    for path, old in before.items():
+        name = _named(path, layers)
+        if name in said or path not in after:
+            continue
+        said.add(name)
+        node = layers.get(name)
+        width = _width_dimension(node)
+        changed = [i for i, (was, now) in enumerate(zip(old, after[path], strict=True)) if was != now]
+        made = width if width is not None else next(iter(changed), None)
+        if made is not None and old[made] != after[path][made]:
+            factor = _module(node).groups if node is not None and ops.kind(node) == "conv_transpose" else 1
+            yield Note(name, f"pruned {old[made] * factor} -> {after[path][made] * factor}")
         else:
-            text = reasons.get(layer, "not pruned: its channels are fixed")
-            lines.append(Note(layer, text.replace("no channel was chosen", "no channel is dead")))
-    return lines
+            yield Note(name, f"not pruned: {_why_not(node, axes[path], plan)}")
+
+
+def _named(path: str, layers: dict[str, fx.Node]) -> str:
+    """The layer that a parameter belongs to, or the parameter itself if it is read without one."""
+    parts = path.split(".")
+    return next((name for name in (".".join(parts[:i]) for i in range(1, len(parts))) if name in layers), path)
+
+
+def _width_dimension(node: fx.Node | None) -> int | None:
+    """The dimension of a weight along which a layer makes its channels."""
+    kind = ops.kind(node) if node is not None else ""
+    return {"conv": 0, "linear": 0, "conv_transpose": 1, "embedding": 1}.get(kind)
+
+
+def _why_not(node: fx.Node | None, parameters: list[ParameterAxis], plan: ChannelPlan) -> str:
+    untraced = info(node).opaque if node is not None else None
+    if untraced is not None:
+        return f"opaque: could not be traced ({untraced.reason})"
+    for parameter in sorted(parameters, key=lambda one: not one.producer):
+        return plan.why(parameter.axis).replace("no channel was chosen", "no channel is dead")
+    return "its channels are fixed"
 
 
 def _apply(graph_module: fx.GraphModule, plan: ChannelPlan) -> None:
@@ -257,6 +288,8 @@ def _update_layer(module: Any, node: fx.Node, plan: ChannelPlan) -> None:
         module.input_size = module.weight_ih_l0.shape[1]
     elif kind == "prelu" and module.num_parameters > 1:
         module.num_parameters = module.weight.shape[0]
+    elif type(module) in RESIZE:
+        RESIZE[type(module)](module)
 
 
 def _input_width(node: fx.Node, plan: ChannelPlan) -> int:
@@ -356,7 +389,7 @@ def _getitem(node: fx.Node, plan: ChannelPlan) -> None:
     value = info(source).value if isinstance(source, fx.Node) else None
     if not isinstance(value, TensorInfo) or not isinstance(source, fx.Node):
         return
-    items = normalised_index(index, len(value.shape))
+    items = ops.normalised_index(index, len(value.shape))
     if items is None:
         return
     position, changed = 0, False

@@ -192,6 +192,9 @@ MISTAKES = {
     "no training data": (
         ("compress", "zoo.py:with_inputs", "--passes", "train", "--out", "m.fxc"), "give --train-data",
     ),
+    "no data to quantise with training": (
+        ("compress", "zoo.py:with_inputs", "--passes", "qat", "--out", "m.fxc"), "give --train-data",
+    ),
     "no such file": (("inspect", "no.py:net"), "there is no file"),
     "no such function": (("inspect", "zoo.py:nett"), "zoo.py has no function 'nett'; did you mean 'net'"),
     "no module": (("inspect", "zoo.py:nothing"), "returned a str"),

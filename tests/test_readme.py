@@ -86,6 +86,13 @@ def test_the_pass_of_ones_own_has_ten_lines_and_works(namespace: dict[str, Any])
     assert any(line.name == "clip-weights{limit=0.05}" and line.edits for line in module.report.passes)
 
 
+def test_the_rule_for_a_module_of_ones_own_works(namespace: dict[str, Any]) -> None:
+    layers = (nn.Conv2d(1, 8, 3), namespace["ChannelGain"](8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = nn.Sequential(*layers).eval()
+    pruned = fxc.compile(model, "prune-channels{ratio=0.5}", namespace["x"])
+    assert pruned.get_parameter("1.gain").shape == (4,)
+
+
 def test_masks_of_torch_are_understood(namespace: dict[str, Any]) -> None:
     report = namespace["compact"].report
     assert report.after.parameters < report.before.parameters

@@ -23,9 +23,14 @@ from torch import fx, nn
 from fxcompress.analysis.grouping import Booleans, Grouping, Integers, solve
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.graph.metadata import TensorInfo, graph_info, info
+from fxcompress.graph.views import writes_in_place
+from fxcompress.rewrite.effects import written
 
 Floats = npt.NDArray[np.float64]
+
+#: How many nodes are looked at for the reason why a dimension is fixed.
+_SEARCHED = 50
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ class Walk:
     divisors: set[int] = field(default_factory=set)
     atom_count: int = 0
     callers: dict[str, list[fx.Node]] = field(default_factory=dict)
+    current: fx.Node | None = None
+    causes: dict[fx.Node, str] = field(default_factory=dict)
 
     def fresh(self, size: int, constant: Floats | None = None) -> Axis:
         """Return an axis of `size` new atoms."""
@@ -118,6 +125,8 @@ class Walk:
         """Keep every index of an axis, for the reason given."""
         if axis is not None:
             self.frozen.append((axis.atoms.ravel(), why))
+            if self.current is not None and len(axis) > 1:
+                self.causes.setdefault(self.current, why)
 
     def freeze_all(self, axes: Any, why: str) -> None:
         """Keep every index of every axis in a nest of axes."""
@@ -140,8 +149,8 @@ class Walk:
     def tie(self, left: Axis | None, right: Axis | None, why: str) -> Axis | None:
         """Let equal indices of two axes live and die together; `why` is said where that is not possible."""
         if left is None or right is None:
-            self.freeze(left, why)
-            self.freeze(right, why)
+            if left is not right:
+                self._freeze_beside_fixed(left or right, why)
             return None
         if left.atoms.shape != right.atoms.shape:
             self.freeze(left, why)
@@ -149,6 +158,26 @@ class Walk:
             return left.varying()
         self.link(left.atoms, right.atoms)
         return left
+
+    def _freeze_beside_fixed(self, axis: Axis | None, why: str) -> None:
+        """Freeze an axis that is tied to a dimension of fixed size, and say what has fixed that, where it is known."""
+        cause = self._cause()
+        self.freeze(axis, f"{why} ({cause})" if cause is not None else why)
+        if cause is not None and self.current is not None:
+            self.causes[self.current] = cause
+
+    def _cause(self) -> str | None:
+        """The nearest reason for a dimension being fixed before the current node."""
+        front = list(self.current.all_input_nodes) if self.current is not None else []
+        seen = set(front)
+        while front and len(seen) < _SEARCHED:
+            node = front.pop(0)
+            if node in self.causes:
+                return self.causes[node]
+            new = [source for source in node.all_input_nodes if source not in seen]
+            seen.update(new)
+            front += new
+        return None
 
     def parameter(
         self, tensor: torch.Tensor | None, dimension: int, axis: Axis | None, why: str, producer: bool = False
@@ -166,11 +195,22 @@ class Walk:
         else:
             self.parameters[key] = axis
 
-    def made_here(self, tensor: torch.Tensor, dimension: int, size: int) -> Axis | None:
+    def read(self, node: fx.Node, axis: Axis, harmless: Booleans, why: str) -> None:
+        """Say that a node uses up the values of channels, see `Read`."""
+        self.reads.append(Read(node, axis, harmless, why))
+
+    def unused(self, weight: torch.Tensor, dimension: int) -> Booleans:
+        """Return for every index along a dimension of a weight whether it holds nothing but zeros."""
+        if not self.follow_constants:
+            return np.zeros(weight.shape[dimension], dtype=bool)
+        slices = weight.detach().movedim(dimension, 0).flatten(1)
+        return np.asarray((slices == 0).all(1).cpu().numpy())
+
+    def made_here(self, tensor: torch.Tensor, dimension: int) -> Axis | None:
         """Return the axis of a parameter's output dimension: fresh atoms at the first visit, the same ones later."""
         key = (id(tensor), dimension)
         if key not in self.parameters:
-            self.parameter(tensor, dimension, self.fresh(size), "", producer=True)
+            self.parameter(tensor, dimension, self.fresh(tensor.shape[dimension]), "", producer=True)
         self.producers.add(key)
         known = self.parameters[key]
         return None if known is None else known.varying()
@@ -246,18 +286,35 @@ def analyse(graph_module: fx.GraphModule, constants: bool = False, ignore: Itera
         constants: whether to follow constants too (needed for removal, not for choosing).
         ignore: dotted paths of layers whose channels stay.
     """
-    from fxcompress.analysis.products import note_sizes, rule_for
+    from fxcompress.analysis.products import fixed, note_sizes, rule_for
 
     walk = Walk(graph_module, constants, callers=edit.callers(graph_module.graph))
     _forget_shared_modules(walk)
+    rewritten = _written_in_place(graph_module)
     for node in graph_module.graph.nodes:
         if node.op == "output":
             for source in node.all_input_nodes:
-                walk.freeze_all(walk.axes.get(source), "output of the model")
-        else:
-            walk.axes[node] = rule_for(node)(walk, node)
-            note_sizes(walk, node)
+                walk.freeze_all(walk.axes.get(source), read_outside(graph_module))
+            continue
+        walk.current = node
+        walk.axes[node] = rule_for(node)(walk, node)
+        note_sizes(walk, node)
+        if node in rewritten:  # what it holds is not what it was made with
+            walk.freeze_all(walk.axes[node], "written to in place")
+            walk.axes[node] = fixed(info(node).value)
     return _solve(walk, set(ignore))
+
+
+def read_outside(graph_module: fx.GraphModule) -> str:
+    """Why the outputs of a graph keep their channels."""
+    region = graph_info(graph_module).layer
+    return f"output of {region}, read by code that stays Python" if region else "output of the model"
+
+
+def _written_in_place(graph_module: fx.GraphModule) -> frozenset[fx.Node]:
+    """What may share memory with a tensor that a node which is not canonical writes to."""
+    nodes = graph_module.graph.nodes
+    return written(graph_module.graph) if any(writes_in_place(node, graph_module) for node in nodes) else frozenset()
 
 
 def _forget_shared_modules(walk: Walk) -> None:

@@ -54,15 +54,15 @@ class ChannelPlan:
             if kept < len(alive):
                 lines.append(Note(layer, f"{verb} {len(alive)} -> {kept}"))
             else:
-                lines.append(Note(layer, f"not {verb}: {self._why(parameter.axis)}"))
+                lines.append(Note(layer, f"not {verb}: {self.why(parameter.axis)}"))
         return lines
 
     def why_kept(self, group: int) -> str | None:
         """Return why a group stays, if there is more to say than that it was not chosen."""
-        return self.reasons.get(group) or self.analysis.frozen.get(group)
+        return self.analysis.frozen.get(group) or self.reasons.get(group)
 
-    def _why(self, axis: Axis) -> str:
-        """The most frequent reason among the groups of an axis."""
+    def why(self, axis: Axis) -> str:
+        """Return why the indices of an axis stay: the most frequent reason among its groups."""
         found = Counter(
             self.why_kept(group) or "no channel was chosen" for group in np.unique(self.analysis.groups(axis)).tolist()
         )
@@ -86,6 +86,7 @@ def choose(
     shares: Floats | None = None,
     relative: bool = True,
     kept: Mapping[int, str] | None = None,
+    cost: CostOfChoice | None = None,
 ) -> ChannelPlan:
     """Choose the groups to mask.
 
@@ -101,6 +102,7 @@ def choose(
             with the global scope and a ratio or budget it is the most that the family loses.
         relative: whether scores are divided by the mean of their family before families are ranked together.
         kept: groups that stay, with the reason.
+        cost: of the whole network, where the graph is not all of it.
 
     Raises:
         BudgetError: the budget cannot be met within 3 %.
@@ -111,7 +113,7 @@ def choose(
     if budget is None:
         dead = chooser.choose(ratio or 0.0)
     else:
-        dead = _meet(budget, chooser, CostOfChoice(graph_module, analysis))
+        dead = _meet(budget, chooser, cost or CostOfChoice(graph_module, analysis))
     return ChannelPlan(analysis, dead, dict(chooser.reasons))
 
 
@@ -317,10 +319,11 @@ def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
         middle = (low + high) / 2
         dead = chooser.choose(middle)
         found = cost(budget.quantity, dead)
-        if abs(found - target) < abs(best_cost - target):
+        near = abs(found - target) < abs(best_cost - target)
+        if near and (found >= target or budget.way is None):  # nothing comes back on the way
             best, best_cost = dead, found
         low, high = (middle, high) if found > target else (low, middle)
-    if abs(best_cost - target) > 0.03 * target:
+    if abs(best_cost - target) > 0.03 * target and budget.way is None:
         least = cost(budget.quantity, chooser.choose(1.0 - 1e-9))
         raise BudgetError(
             f"a budget of {target:,.0f} {budget.quantity} cannot be met within 3 %: the nearest choice of channels has "

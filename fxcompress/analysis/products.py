@@ -16,7 +16,7 @@ from fxcompress.analysis.transfer import fixed, freeze_node, note_sizes, only_ze
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import info
 
-__all__ = ["note_sizes", "rule_for"]
+__all__ = ["fixed", "note_sizes", "rule_for"]
 
 
 @transfer("matmul", "bmm")

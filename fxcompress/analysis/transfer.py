@@ -1,12 +1,41 @@
 """How every kind of operator passes channels on: one rule per kind.
 
-A rule is a function `rule(walk, node) -> axes` that looks up the axes of the node's inputs with `walk.of(input)`,
-ties, freezes or reads them, and returns the axes of what the node produces (a tuple of tuples where it produces
-several tensors). Add one for an operator of your own:
+A rule is a function `rule(walk, node) -> axes`. It looks up the axes of the node's inputs with `walk.of(input)`: for
+each dimension an `Axis`, or None where the size is fixed. It ties, freezes or reads them, and returns the axes of what
+the node produces (a tuple of tuples where it produces several tensors). What is not traceable and has no rule keeps the
+channels of its inputs; a function or module class with a rule is kept whole, and need not be traceable.
 
-    @transfer("my_kind")              # or @transfer(my_function) / @transfer(MyModule)
-    def my_rule(walk, node):
-        return walk.of(node.args[0])  # same channels out as in
+A function that passes channels on (register it with `torch.fx.wrap`, so that it is not traced into):
+
+    @transfer(gated)                                        # def gated(x, gate): ...
+    def gated_rule(walk, node):
+        tied = [walk.tie(a, b, "gated") for a, b in zip(*map(walk.of, node.args), strict=True)]
+        return tuple(axis and axis.varying() for axis in tied)
+
+A module that mixes channels; `weight` has shape (outputs, inputs), `scale` shape (inputs,):
+
+    @transfer(Mixer, resize=lambda module: setattr(module, "width", len(module.weight)))
+    def mixer_rule(walk, node):
+        module, given = layer(node), walk.of(node.args[0])  # layer: from fxcompress.analysis.channels
+        channels = given[1]
+        walk.parameter(module.scale, 0, channels, "scale of the mixer")
+        walk.parameter(module.weight, 1, channels, "inputs of the mixer")
+        if channels is not None:
+            harmless = (channels.constant == 0) | walk.unused(module.weight, 1)
+            walk.read(node, channels, harmless, "a channel that is not zero is mixed")
+        made = walk.made_here(module.weight, 0)
+        walk.parameter(module.bias, 0, made, "bias of the mixer")
+        return (given[0], made, *given[2:])
+
+1. `walk.tie(a, b, why)`: equal indices live and die together. `walk.freeze(axis, why)`: all indices stay.
+2. `walk.parameter(tensor, dimension, axis, why)`: the dimension of a parameter or buffer is sliced with the axis; every
+   dimension that is not named keeps its size. `walk.made_here(tensor, dimension)`: here channels are made.
+3. `walk.read(node, axis, harmless, why)`: the values are used up here. harmless, shape (len(axis),), says which indices
+   can go without changing the result; for sums of products those that carry zero, or that are multiplied with zeros
+   only (`walk.unused(weight, dimension)`). What a rule neither reads, ties nor hands on stays.
+4. `axis.take(indices)` cuts, repeats or reorders; `axis.varying()` forgets the constant that an index is known to carry
+   (`axis.constant`, NaN where it varies) and has to be called where the operator changes values.
+5. `resize` is called with a module whose parameters were sliced, to bring sizes that it keeps in attributes in line.
 """
 
 from __future__ import annotations
@@ -18,9 +47,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.channels import Axes, Axis, Floats, Read, Walk, layer, numbers
+from fxcompress.analysis.channels import Axes, Axis, Floats, Walk, layer, numbers, read_outside
 from fxcompress.analysis.grouping import Booleans
 from fxcompress.analysis.regroup import regroup
+from fxcompress.errors import PassError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import TensorInfo, info
 
@@ -28,11 +58,22 @@ Rule = Callable[[Walk, fx.Node], Any]
 RULES: dict[object, Rule] = {}
 
 
-def transfer(*keys: object) -> Callable[[Rule], Rule]:
-    """Register a rule for kinds (words of the operator table), functions or module classes."""
+#: What brings the attributes of modules of a class in line with their parameters.
+RESIZE: dict[object, Callable[[Any], object]] = {}
+
+
+def transfer(*keys: object, resize: Callable[[Any], object] | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for kinds (words of the operator table), functions or module classes.
+
+    Args:
+        keys: what the rule is for.
+        resize: for modules: called with each of them whose parameters were sliced.
+    """
 
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(keys, rule))
+        if resize is not None:
+            RESIZE.update(dict.fromkeys(keys, resize))
         ops.WHOLE.update(key for key in keys if callable(key) and key not in ops.BY_FUNCTION)
         return rule
 
@@ -43,11 +84,57 @@ def rule_for(node: fx.Node) -> Rule:
     """Return the rule for a node: by function or module class first, then by kind; the freezing rule otherwise."""
     key: object = type(ops.submodule(node)) if node.op == "call_module" else node.target
     if node.op in ("call_module", "call_function") and key in RULES:
-        return RULES[key]
+        return _checked(RULES[key])
     kind = ops.kind(node)
     if kind in RULES:
         return RULES[kind]
     return _elementwise if kind in ops.ELEMENTWISE_KINDS else freeze_node
+
+
+def _checked(rule: Rule) -> Rule:
+    """A rule that lets channels stay which it neither reads nor hands on: nobody knows what their absence would do."""
+
+    def run(walk: Walk, node: fx.Node) -> Any:
+        reads, edges = len(walk.reads), len(walk.edges)
+        made = rule(walk, node)
+        _check_sizes(node, made)
+        read_here = [one.axis for one in walk.reads[reads:]]
+        handed = [axis.atoms.ravel() for axis in (*read_here, *axes_in(made))]
+        handed += [atoms for pair in walk.edges[edges:] for atoms in pair]
+        name = str(getattr(node.target, "__name__", node.target))
+        for source in node.all_input_nodes:
+            for axis in axes_in(walk.axes.get(source)):
+                if not np.isin(axis.atoms, np.concatenate([np.empty(0, dtype=np.int64), *handed])).any():
+                    walk.freeze(axis, f"used up by {name} ({node.name}), whose rule does not say that it reads it")
+        return made
+
+    return run
+
+
+def _check_sizes(node: fx.Node, made: Any) -> None:
+    """Refuse axes that are not those of the tensor that a node produces.
+
+    Raises:
+        PassError: a rule returned such.
+    """
+    value = info(node).value
+    sizes = tuple(len(axis) if isinstance(axis, Axis) else None for axis in made) if isinstance(made, tuple) else None
+    if not isinstance(value, TensorInfo) or sizes is None:
+        return
+    if len(sizes) != len(value.shape) or any(one not in (None, size) for one, size in zip(sizes, value.shape)):  # noqa: B905
+        name = str(getattr(node.target, "__name__", node.target))
+        raise PassError(
+            f"the channel rule for {name} ({node.name}) returned axes of the sizes {sizes}, but {node.name} has shape "
+            f"{value.shape}: it must return one axis, or None, for each dimension"
+        )
+
+
+def axes_in(axes: Any) -> list[Axis]:
+    """Return every axis in a nest of axes."""
+    if isinstance(axes, Axis):
+        return [axes]
+    items = axes.values() if isinstance(axes, dict) else axes if isinstance(axes, (tuple, list)) else ()
+    return [found for item in items for found in axes_in(item)]
 
 
 def freeze_node(walk: Walk, node: fx.Node) -> Any:
@@ -161,7 +248,7 @@ def _full(
     """A layer that mixes all of its inputs: the input channels are read, the output channels are made here."""
     in_dimension = 1 - out_dimension
     walk.parameter(weight, in_dimension, axis, f"input of {node.target}, whose weights are used elsewhere")
-    out = walk.made_here(weight, out_dimension, weight.shape[out_dimension])
+    out = walk.made_here(weight, out_dimension)
     if not walk.follow_constants:
         read(walk, node, axis, np.zeros(weight.shape[in_dimension], dtype=bool), "")
         return out
@@ -235,7 +322,7 @@ def _by_position(
         out = walk.parameters[key]
     else:
         walk.parameter(weight, 0, axis, reused)
-        made = walk.made_here(weight, 1, outs)
+        made = walk.made_here(weight, 1)
         out = made and made.take(np.tile(np.arange(outs), groups))
     if axis is None or not walk.follow_constants:
         read(walk, node, axis, np.zeros(ins * groups, dtype=bool), "")
@@ -254,7 +341,7 @@ def _by_position(
 def read(walk: Walk, node: fx.Node, axis: Axis | None, harmless: Booleans, why: str) -> None:
     """Record that a node reads the channels of an axis, see `Read`."""
     if axis is not None:
-        walk.reads.append(Read(node, axis, harmless, why))
+        walk.read(node, axis, harmless, why)
 
 
 @transfer("linear")
@@ -272,7 +359,7 @@ def _embedding(walk: Walk, node: fx.Node) -> Axes:
     module = layer(node)
     assert isinstance(module, nn.Embedding)
     walk.parameter(module.weight, 0, None, f"rows of the embedding {node.target}")
-    out = walk.made_here(module.weight, 1, module.weight.shape[1])
+    out = walk.made_here(module.weight, 1)
     constant = _slice_constants(walk, module.weight, 1)
     return (*walk.of(node.all_input_nodes[0]), out and out.with_constant(constant))
 
@@ -391,6 +478,9 @@ def _local_response_norm(walk: Walk, node: fx.Node) -> Axes:
 _HIDES_NAN = {"isnan", "logical_not", "nan_to_num", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
               "maximum", "minimum", "zeros_like", "ones_like"}  # fmt: skip
 
+#: Functions that make a tensor like another one, full of one number.
+_FILLED = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": np.nan}
+
 
 def _elementwise(walk: Walk, node: fx.Node) -> Any:
     """Every tensor is broadcast to the result's shape; where two have an axis, equal indices are tied."""
@@ -431,6 +521,9 @@ def _result_constants(walk: Walk, node: fx.Node, dimension: int, size: int) -> F
     """Constants of an elementwise result along one dimension, by calling the function on those of its inputs."""
     unknown = np.full(size, np.nan)
     kind = ops.kind(node)
+    if kind in _FILLED and node.op == "call_function":
+        value = _FILLED[kind] if len(node.args) < 2 else node.args[1]
+        return np.full(size, float(value)) if isinstance(value, (int, float)) else unknown
     hides = kind in _HIDES_NAN or (kind == "pow" and not _is_power(node))
     if not walk.follow_constants or hides or (node.op == "call_module" and kind != "dropout"):
         return unknown
@@ -488,7 +581,7 @@ def _sizes(walk: Walk, node: fx.Node) -> Any:
     """Sizes carry no channels; containers hand on what is in them."""
     if ops.kind(node) == "ordered_dict":
         for source in node.all_input_nodes:
-            walk.freeze_all(walk.axes.get(source), "output of the model")
+            walk.freeze_all(walk.axes.get(source), read_outside(walk.graph_module))
     return fixed(info(node).value)
 
 
@@ -597,7 +690,7 @@ def _getitem(walk: Walk, node: fx.Node) -> Any:
             return found[index] if isinstance(found, (tuple, dict)) and found else fixed(info(node).value)
         walk.freeze_all(found, f"selected by an index that is not fixed ({node.name})")
         return fixed(info(node).value)
-    items = normalised_index(index, len(value.shape))
+    items = ops.normalised_index(index, len(value.shape))
     given = walk.of(source)
     if items is None:
         return _gather(walk, node, given, index)
@@ -633,22 +726,6 @@ def _gather(walk: Walk, node: fx.Node, given: Axes, index: Any) -> Any:
     walk.freeze(given[place], f"indexed by a tensor ({node.name})")
     others = [axis and axis.varying() for axis in given]
     return (*others[:place], *[None] * len(chosen.shape), *others[place + 1 :])
-
-
-def normalised_index(index: Any, rank: int) -> list[Any] | None:
-    """Return an index as one item per dimension (slice or int) and None for a new one; None if it holds tensors."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(isinstance(item, fx.Node) and isinstance(info(item).value, TensorInfo) for item in items):
-        return None
-    if not all(item is None or item is Ellipsis or isinstance(item, (slice, int, fx.Node)) for item in items):
-        return None
-    if any(isinstance(item, bool) for item in items):
-        return None
-    consumed = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis in [item for item in items if not isinstance(item, (slice, fx.Node))]:
-        place = next(i for i, item in enumerate(items) if item is Ellipsis)
-        return [*items[:place], *[slice(None)] * (rank - consumed), *items[place + 1 :]]
-    return [*items, *[slice(None)] * (rank - consumed)]
 
 
 def _slice(walk: Walk, axis: Axis | None, item: slice, node: fx.Node) -> Axis | None:
@@ -1044,7 +1121,7 @@ def _new_channels(walk: Walk, count: int, value: float) -> Axis:
     "normalize", "norm", "argmax", "cumsum",
 )  # fmt: skip
 def _reduce(walk: Walk, node: fx.Node) -> Any:
-    """Channels that are reduced over stay, except that zeros can leave a sum; the others pass."""
+    """Channels that are reduced over stay, except that zeros can leave a sum or a norm; the others pass."""
     arguments = ops.arguments(node)
     source = node.all_input_nodes[0]
     given, kind = walk.of(source), ops.kind(node)
@@ -1053,10 +1130,12 @@ def _reduce(walk: Walk, node: fx.Node) -> Any:
     reduced = {int(dimension) % len(given) for dimension in dims}
     for dimension in reduced:
         axis = given[dimension]
-        if axis is not None and (kind == "sum" or (kind == "mean" and len(reduced) == 1)):
+        if axis is not None and _ignores_zeros(kind, arguments, len(reduced)):
             read(walk, node, axis, axis.constant == 0, f"a channel that is not zero is summed up in {node.name}")
         else:
             walk.freeze(axis, f"{kind} over the channels ({node.name})")
+    if kind == "normalize" and _ignores_zeros(kind, arguments, len(reduced)):
+        return tuple(axis and axis.with_constant(only_zero(axis.constant)) for axis in given)
     if kind in ("softmax", "log_softmax", "normalize", "cumsum"):
         return tuple(None if i in reduced else axis and axis.varying() for i, axis in enumerate(given))
     keeps = (lambda c: c) if kind in ("mean", "amax", "amin", "max", "min") else only_zero
@@ -1070,3 +1149,11 @@ def _reduce(walk: Walk, node: fx.Node) -> Any:
     if isinstance(info(node).value, tuple):  # values, and where they stood
         return (tuple(found), tuple(axis and axis.varying() for axis in found))
     return tuple(found)
+
+
+def _ignores_zeros(kind: str, arguments: dict[str, Any], dimensions: int) -> bool:
+    """Whether zeros do not count in a reduction. (In a mean they do, but their number can be written down.)"""
+    power = arguments.get("ord", arguments.get("p"))
+    if kind in ("norm", "normalize"):
+        return isinstance(power, (int, float)) and power > 0
+    return kind == "sum" or (kind == "mean" and dimensions == 1)

@@ -1,9 +1,10 @@
 """Saved modules: one file with the graph as JSON and the tensors, which `load` reads without running anything from it.
 
 The file is a safetensors file (https://github.com/huggingface/safetensors), so other tools can read its tensors under
-the names of the `state_dict`. Its `__metadata__` has one entry, a JSON document with the version of the format, the
-graph, the layers and their constructor arguments, the report, and the SHA-256 of the whole file (computed with zeros
-in its own place). What the document may name is decided by `vocabulary.py`.
+the names of the `state_dict` (weights of up to 4 bits stand two to a byte, see `nibbles.py`). Its `__metadata__` has
+one entry, a JSON document with the version of the format, the graph, the layers and their constructor arguments, the
+report, and the SHA-256 of the whole file (computed with zeros in its own place). What the document may name is decided
+by `vocabulary.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import fx, nn
 
 import fxcompress
 from fxcompress import processes
+from fxcompress.emit import nibbles
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.encoding import GraphReader, check_name, check_path, decode, encode, encode_graph
 from fxcompress.emit.vocabulary import Vocabulary
@@ -154,6 +156,9 @@ def _describe_tensors(root: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
             first_path[id(tensor)] = path
             found[path].update(_describe_tensor(tensor))
             tensors[path] = _plain(tensor, path)
+            if nibbles.fits(tensors[path]):
+                found[path]["nibbles"] = list(tensor.shape)
+                tensors[path] = nibbles.pack(tensors[path])
             storage = tensors[path].untyped_storage().data_ptr()
             if storage in storages:  # two views of one memory, which are written apart
                 tensors[path] = tensors[path].clone()
@@ -421,6 +426,8 @@ class _Reader:
         if path not in self.tensors:
             raise ArtifactError(f"the file lacks the tensor {path!r}")
         tensor = self.tensors[path]
+        if "nibbles" in record:
+            tensor = _without_nibbles(tensor, record["nibbles"], path)
         if "strides" in record:
             tensor = _with_strides(tensor, record["strides"], path)
         tensor = tensor.to(self.device)
@@ -456,6 +463,15 @@ def _mapping(value: Json) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise ArtifactError(f"the file is not understood where it says {str(value)[:80]}")
     return value
+
+
+def _without_nibbles(tensor: torch.Tensor, shape: Json, path: str) -> torch.Tensor:
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ArtifactError(f"the tensor {path!r} has a shape that is none: {str(shape)[:80]}")
+    try:
+        return nibbles.unpack(tensor, shape)
+    except ValueError as error:
+        raise ArtifactError(f"the tensor {path!r} does not fit its description: {error}") from error
 
 
 def _with_strides(tensor: torch.Tensor, strides: Json, path: str) -> torch.Tensor:

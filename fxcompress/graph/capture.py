@@ -17,21 +17,24 @@ from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
-from fxcompress.graph import batch, compare, opaque, ops, regions
+from fxcompress.graph import batch, compare, edit, opaque, ops, regions, views
 from fxcompress.graph import modules as own
 from fxcompress.graph.degrade import first_line, keep_culprit, place_of_error, reason_of
-from fxcompress.graph.examples import ExampleValues
+from fxcompress.graph.examples import DataDependentError, ExampleValues
 from fxcompress.graph.inputs import ExampleInputs, check_device
 from fxcompress.graph.metadata import GraphInfo, graph_info, set_info
 from fxcompress.graph.shapes import evaluation, propagate
 from fxcompress.graph.specialise import notes as specialisation_notes
 from fxcompress.graph.tracer import (
+    AliasError,
     ConstantWrittenError,
     Kept,
     StateWrittenError,
+    TablesComputed,
     Tracer,
+    UnregisteredModuleError,
     drop_questions,
-    require_state_kept,
+    replaced_buffers,
 )
 
 
@@ -152,6 +155,7 @@ def _trace_module(model: nn.Module, inputs: ExampleInputs) -> fx.GraphModule:
     kept = Kept()
     tracer, graph = _trace_around(model, inputs, arguments, concrete, kept)
     notes += _follow_batch(model, arguments, concrete, kept, tracer, graph)
+    notes += [f"{path}: computed by the forward, fixed at its value for the example" for path in sorted(kept.tables)]
     drop_questions(graph)
     _settle_fixed_inputs(graph, concrete, given, signature, notes)
     graph_module = fx.GraphModule(model, graph, class_name=type(model).__name__)
@@ -180,21 +184,62 @@ def _trace_around(
             if isinstance(error, ConstantWrittenError) and not kept.factories:
                 kept.factories = True
                 continue
+            if isinstance(error, TablesComputed):
+                for path, table in error.tables.items():
+                    kept.tables[path] = _set_buffer(model, path, table)
+                continue
             if not kept.modules and not kept.functions:
                 _require_forward(model, inputs)
-            if isinstance(error, StateWrittenError) and error.path not in ("", *kept.modules):
+            if isinstance(error, StateWrittenError):  # a table that is replaced again is a state
+                full = f"{error.path}.{error.name}" if error.path else error.name
+                if full in kept.tables:
+                    _set_buffer(model, full, kept.tables.pop(full))
+            if isinstance(error, (AliasError, StateWrittenError)) and error.path not in ("", *kept.modules):
                 kept.modules[error.path] = str(error)
                 continue
             if not keep_culprit(error, model, kept):
                 raise _untraceable(model, error) from error
 
 
+def _set_buffer(model: nn.Module, path: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Put a value in the place of a buffer, and return the old one."""
+    holder, name = edit.owner(model, path)
+    old = holder._buffers[name]
+    holder._buffers[name] = value
+    return old
+
+
 def _run(tracer: Tracer, model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     with _state_restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # code warns about proxies that it takes for tensors
         graph = tracer.run(concrete)
-        require_state_kept(model)
+        _require_state_kept(tracer, model)
+        odd = views.unfollowed(graph, tracer.values)
+        if odd is not None:
+            raise AliasError(_layer_of(odd[0]), odd[1])
         return graph
+
+
+def _require_state_kept(tracer: Tracer, model: nn.Module) -> None:
+    """Refuse forwards that put a new value in the place of a buffer.
+
+    Raises:
+        TablesComputed: every such value depends on sizes only, and has not been computed before.
+        StateWrittenError: the others.
+    """
+    replaced = replaced_buffers(model)
+    tables: dict[str, torch.Tensor] = {}
+    for path, node in replaced.items():
+        holder, _, name = path.rpartition(".")
+        try:
+            value = None if path in tracer.kept.tables else tracer.values.concrete(node)
+        except DataDependentError:
+            value = None
+        if not isinstance(value, torch.Tensor):
+            raise StateWrittenError(holder, name)
+        tables[path] = value.detach()
+    if tables:
+        raise TablesComputed(tables)
 
 
 def _follow_batch(
@@ -379,8 +424,16 @@ def _require_forward(model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
-    return CaptureError(
-        f"{type(model).__name__} cannot be traced: {reason_of(error)}. "
-        f"Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
-        f"or move it into a submodule or a function of its own."
-    )
+    advice = "Move it into a submodule or a function of its own, which can stay as it is."
+    if isinstance(error, UnregisteredModuleError):
+        advice = "Make it in __init__, and as a submodule, so that its weights are the model's."
+    elif isinstance(error, AliasError):
+        return CaptureError(
+            f"{type(model).__name__} cannot be traced: {error}. Write it without the in-place operation"
+        )
+    elif isinstance(error, DataDependentError):
+        advice = (
+            "Control flow there depends on values that are known only when the model runs. Replace it by torch.where, "
+            "or move it into a submodule or a function of its own."
+        )
+    return CaptureError(f"{type(model).__name__} cannot be traced: {reason_of(error)}. {advice}")

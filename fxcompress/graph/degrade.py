@@ -11,7 +11,7 @@ from torch import nn
 
 from fxcompress.graph.examples import DataDependentError
 from fxcompress.graph.specialise import Place, is_own_code
-from fxcompress.graph.tracer import Kept
+from fxcompress.graph.tracer import Kept, UnregisteredModuleError
 
 #: After so many failures in modules of one class, all modules of the class are kept: they share their code.
 _FAILURES_PER_CLASS = 2
@@ -51,6 +51,8 @@ def reason_of(error: BaseException) -> str:
     where = f"at {place}" if place else "(no line of the model's own code is involved)"
     if isinstance(error, DataDependentError):
         return f"control flow {where}"
+    if isinstance(error, UnregisteredModuleError):
+        return f"{error}, {where}"
     return f"{type(error).__name__} {where}: {first_line(error)}"
 
 

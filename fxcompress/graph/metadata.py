@@ -99,6 +99,7 @@ class GraphInfo:
     notes: remarks of the capture, shown in the report.
     canonical: whether `Canonicalize` has run.
     regions: example inputs of the graph modules inside opaque modules of this graph, by path, see `graph.regions`.
+    choice: the pass that chose channels last, and the shapes of the parameters then: asked again, it has no more to do.
     layer: for such a graph module, its path in the caller's model. batch: the batch size of the whole model's example.
     """
 
@@ -109,6 +110,7 @@ class GraphInfo:
     regions: dict[str, ExampleInputs] = field(default_factory=dict)
     layer: str = ""
     batch: int | None = None
+    choice: tuple[str, tuple[tuple[str, tuple[int, ...]], ...]] | None = None
 
 
 def info(node: fx.Node) -> NodeInfo:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress.errors import InputError
+from fxcompress.graph import shapes
 from fxcompress.graph.compare import buffers_kept
 from fxcompress.graph.examples import DataDependentError, ExampleValues
 from fxcompress.graph.inputs import ExampleInputs
@@ -40,6 +42,21 @@ def record(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
     placeholders = bind_placeholders(graph_module.graph, inputs.map(lambda tensor: tensor.detach().clone()))
     with evaluation(graph_module), buffers_kept(graph_module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         _Recorder(graph_module).run(initial_env=placeholders)
+
+
+def propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """Record shapes after an edit. Where opaque nodes are given other shapes than before, they are run on the inputs.
+
+    Raises:
+        InputError: the graph cannot be run on inputs of these shapes.
+    """
+    try:
+        shapes.propagate(graph_module, inputs)
+    except InputError:
+        if not nodes(graph_module):
+            raise
+        record(graph_module, inputs)
+        shapes.propagate(graph_module, inputs)
 
 
 def mark_data_dependent(graph_module: fx.GraphModule, inputs: ExampleInputs) -> bool:

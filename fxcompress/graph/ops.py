@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from fxcompress.graph import modules as own
 from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.quant.normed_layers import PLAIN
 
 Function = Callable[..., Any]
 
@@ -404,7 +405,8 @@ def kind(node: fx.Node) -> str:
     Placeholders, outputs and attributes are "placeholder", "output" and "get_attr".
     """
     if node.op == "call_module":
-        return MODULE_KINDS.get(type(submodule(node)), "opaque")  # type: ignore[arg-type]
+        module: Any = type(submodule(node))
+        return MODULE_KINDS.get(PLAIN.get(module, module), "opaque")
     if node.op == "call_function":
         entry = BY_FUNCTION.get(node.target)  # type: ignore[arg-type]
         return entry.kind if entry else "opaque"
@@ -444,6 +446,22 @@ def canonical_arguments(op: Op, bound: dict[str, Any]) -> tuple[tuple[Any, ...],
 
 def _same(value: Any, default: Any) -> bool:
     return not isinstance(value, fx.Node) and type(value) is type(default) and bool(value == default)
+
+
+def normalised_index(index: Any, rank: int) -> list[Any] | None:
+    """Return an index as one item per dimension (slice or int) and None for a new one; None if it holds tensors."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(isinstance(item, fx.Node) and isinstance(info(item).value, TensorInfo) for item in items):
+        return None
+    if not all(item is None or item is Ellipsis or isinstance(item, (slice, int, fx.Node)) for item in items):
+        return None
+    if any(isinstance(item, bool) for item in items):
+        return None
+    consumed = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis in [item for item in items if not isinstance(item, (slice, fx.Node))]:
+        place = next(i for i, item in enumerate(items) if item is Ellipsis)
+        return [*items[:place], *[slice(None)] * (rank - consumed), *items[place + 1 :]]
+    return [*items, *[slice(None)] * (rank - consumed)]
 
 
 def is_tensor_node(node: object) -> bool:

@@ -77,11 +77,19 @@ class Proxy(fx.Proxy):
         return item in value if isinstance(value, dict) else any(item is one or item == one for one in self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """`x[index] = value`: from here on the proxy stands for a copy in which that is so."""
-        _require_unshared(self, index, value)
-        if isinstance(value, fx.Proxy) and value.node.target in ops.INPLACE_OPERATORS:
+        """`x[index] = value`: from here on the proxy stands for a copy in which that is so.
+
+        Where other proxies may see the memory, the write is recorded as what it is; `Canonicalize` follows it.
+        """
+        is_tensor = isinstance(self.tracer.fake(self), FakeTensor)
+        if self.node.op == "get_attr" or (self.node.op == "placeholder" and not is_tensor):
+            raise DataDependentError(f"{self.node.name!r}, which is not the forward's own, is written to in place")
+        if _is_augmented(self.node, value):  # x[index] += y
             value.node.target = ops.INPLACE_OPERATORS[value.node.target]
-        self.node = self.tracer.create_proxy("call_function", own.set_item, (self, index, value), {}).node
+        if is_tensor and _is_shared(self.node, value):
+            self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+        else:
+            self.node = self.tracer.create_proxy("call_function", own.set_item, (self, index, value), {}).node
 
     def __str__(self) -> str:
         value = self.tracer.fake(self)
@@ -102,6 +110,8 @@ class Proxy(fx.Proxy):
             value = self.tracer.fake(self)
             if value is not None and not hasattr(value, name):
                 raise AttributeError(f"{type(value).__name__} has no attribute {name!r}")
+        if name in ("type", "index") and isinstance(self.tracer.fake(self), torch.device):
+            return self.tracer.decide(_Attribute(self, name), lambda value: value)  # C code wants a string
         return _Attribute(self, name)
 
     def __rmul__(self, other: Any) -> Any:
@@ -168,22 +178,27 @@ def _unpacked(frame: FrameType) -> int | None:
     return argument if dis.opname[opcode] == "UNPACK_SEQUENCE" else None
 
 
-def _require_unshared(proxy: Proxy, index: Any, value: Any) -> None:
-    """Refuse to write into a tensor whose memory other proxies may see."""
-    node = proxy.node
-    is_tensor = isinstance(proxy.tracer.fake(proxy), FakeTensor)
-    if node.op in ("get_attr", "placeholder") or (is_tensor and _may_share(node)):
-        raise DataDependentError(f"{node.name!r} is written to in place, and may share memory with other tensors")
-    for user in node.users:
-        augmented = (
-            isinstance(value, fx.Proxy) and value.node.op == "call_function"
-            and value.node.target in ops.INPLACE_OPERATORS and value.node.args[0] is user and len(user.users) == 1
-        )  # fmt: skip
-        if _may_share(user) and not augmented:
-            raise DataDependentError(f"{node.name!r} is written to in place after {user.name!r} took a view of it")
+def _is_augmented(node: fx.Node, value: Any) -> bool:
+    """Whether a value to be written into a tensor is what `x[index] += y` has just made of a part of that tensor."""
+    if not isinstance(value, fx.Proxy) or value.node.op != "call_function":
+        return False
+    made = value.node
+    part = made.args[0] if made.target in ops.INPLACE_OPERATORS else None
+    return isinstance(part, fx.Node) and part.all_input_nodes[:1] == [node] and len(part.users) == 1
+
+
+def _is_shared(node: fx.Node, value: Any) -> bool:
+    """Whether the memory of a tensor to be written to may be that of other proxies, too."""
+    own_part = value.node.args[0] if isinstance(value, fx.Proxy) and value.node.args else None
+    alone = isinstance(own_part, fx.Node) and len(own_part.users) == 1
+    views = [user for user in node.users if _may_share(user) and not (alone and user is own_part)]
+    return node.op == "placeholder" or _may_share(node) or bool(views)
 
 
 _COPIES = frozenset({"new_zeros", "new_ones", "new_empty", "new_full", "clone", "repeat", "size", "dim", "numel"})
+
+
+_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 
 def _may_share(node: fx.Node) -> bool:
@@ -192,6 +207,8 @@ def _may_share(node: fx.Node) -> bool:
         return str(node.target) not in _COPIES and not (
             str(node.target) in ops.BY_METHOD and not ops.BY_METHOD[str(node.target)].view
         )
+    if node.target is getattr:
+        return node.args[1] in _VIEW_ATTRIBUTES
     if node.op == "call_function" and node.target in ops.BY_FUNCTION:
-        return ops.BY_FUNCTION[node.target].view and node.target is not getattr
+        return ops.BY_FUNCTION[node.target].view
     return not (node.op == "call_function" and getattr(node.target, "__name__", "") in FACTORIES)

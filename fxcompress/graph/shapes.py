@@ -47,6 +47,15 @@ def propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
         _Propagation(graph_module, inputs).run()
 
 
+def infer(node: fx.Node) -> None:
+    """Record what a node that was just inserted produces, from what is recorded of its inputs."""
+    root = node.graph.owning_module
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _materialise(info(source).value, mode))
+    with mode:
+        set_info(node, value=describe_value(execute(root or nn.Module(), node, args, kwargs)))
+
+
 class _Propagation:
     """One walk over the graph."""
 

@@ -41,7 +41,34 @@ class StateWrittenError(DataDependentError):
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(f"its forward replaces the buffer {name!r}")
+        self.path, self.name = path, name
+
+
+class TablesComputed(Exception):
+    """The model replaces buffers by tables that depend on sizes only: they can be computed before it is traced."""
+
+    def __init__(self, tables: dict[str, torch.Tensor]) -> None:
+        super().__init__(f"its forward computes {', '.join(tables)}")
+        self.tables = tables
+
+
+class AliasError(DataDependentError):
+    """The model writes into a view in a way that a graph cannot follow; `path` is the module that does so."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(why)
         self.path = path
+
+
+class UnregisteredModuleError(Exception):
+    """The model calls a module with parameters that is none of its submodules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        super().__init__(
+            f"calls {type(module).__name__} with {count:,} parameters, which is no submodule of the model: it is made "
+            f"in the forward, or kept in a plain list or dict instead of nn.ModuleList or nn.ModuleDict"
+        )
 
 
 @dataclass
@@ -49,11 +76,14 @@ class Kept:
     """What is not traced into, with the reasons: modules by path, and functions by where their names stand.
 
     factories: whether tensors that the code makes become nodes; else they are constants of the graph.
+    tables: buffers that the forward computes from sizes, and that were given their value for the example; what they
+        held before.
     """
 
     modules: dict[str, str] = field(default_factory=dict)
     functions: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], str]] = field(default_factory=dict)
     factories: bool = False
+    tables: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def reason(self, target: object) -> str | None:
         """Return why a function is kept, or None if it is not."""
@@ -102,6 +132,18 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is kept as one node."""
         return self._is_leaf(m) or module_qualified_name in self.kept.modules
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a layer, or trace into a module; into one that the forward has just made, too.
+
+        Raises:
+            UnregisteredModuleError: the module is none of the model's, but has parameters.
+        """
+        if m in self.submodule_paths:  # type: ignore[operator]
+            return super().call_module(m, forward, args, kwargs)
+        if any(True for _ in m.parameters()):
+            raise UnregisteredModuleError(m)
+        return forward(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that asks the example inputs."""
@@ -301,12 +343,15 @@ def _writes_in_place(target: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or (f"{name}_".startswith("__i") and name.endswith("__"))
 
 
-def require_state_kept(root: nn.Module) -> None:
-    """Raise `StateWrittenError` if a forward has put a new value in the place of a buffer. (In place it may.)"""
+def replaced_buffers(root: nn.Module) -> dict[str, fx.Node]:
+    """Return the buffers that a traced forward has put new values in the place of, by path. (In place it may.)"""
+    found = {}
     for path, module in root.named_modules():
         for name, value in module._buffers.items():
-            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, f"{path}.{name}" if path else name):
-                raise StateWrittenError(path, name)
+            full = f"{path}.{name}" if path else name
+            if isinstance(value, fx.Proxy) and not _is_same_memory(value.node, full):
+                found[full] = value.node
+    return found
 
 
 def _is_same_memory(node: fx.Node, path: str) -> bool:
@@ -331,4 +376,4 @@ def _is_question(node: fx.Node) -> bool:
     names = ("_operator", "operator", "math", "builtins")
     return node.op == "call_function" and (
         node.target is getattr or getattr(node.target, "__module__", "") in names
-    ) and node.target not in ops.INPLACE_OPERATORS  # fmt: skip
+    ) and not _writes_in_place(node.target)  # fmt: skip

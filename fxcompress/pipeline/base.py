@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,9 @@ from torch import fx, nn
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage
+
+if TYPE_CHECKING:
+    from fxcompress.analysis.schedule import Way
 
 
 class Contract(enum.Enum):
@@ -122,6 +125,19 @@ class PassContext:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A graph to run passes on, the whole model or a region of it, with the context for it."""
+
+    graph_module: fx.GraphModule
+    context: PassContext
+
+    @property
+    def path(self) -> str:
+        """Where it stands in the whole model, "" for the model itself."""
+        return self.context.whole.path if self.context.whole is not None else ""
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base class of every pass. Subclass it as a frozen dataclass; its fields are its options.
 
@@ -147,9 +163,25 @@ class Pass:
         """Transform the graph. The graph may be edited in place: the manager owns it."""
         raise NotImplementedError(f"{type(self).__name__} must define run()")
 
+    @property
+    def joins(self) -> bool:
+        """Whether the pass decides something over all pieces of a model together (see `decide`)."""
+        return False
+
+    def decide(self, pieces: Sequence[Piece]) -> Sequence[Pass]:
+        """Return the pass to run on each piece of a model. Asked only of passes that join pieces; changes nothing."""
+        return [self for _ in pieces]
+
     def parts(self) -> tuple[Pass, ...]:
         """Return the passes that this one stands for: itself, unless it is a group of passes."""
         return (self,)
+
+    def on_the_way(self, way: Way) -> Pass | None:
+        """Return the pass that goes a part of the way that this one goes, for pruning in steps (`Iterate`).
+
+        None, unless a subclass says otherwise: a pass that has no amount, and runs once.
+        """
+        return None
 
     def __str__(self) -> str:
         from fxcompress.pipeline.text import print_pass

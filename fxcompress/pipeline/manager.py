@@ -14,7 +14,7 @@ from torch import fx
 from fxcompress import processes
 from fxcompress.analysis.cost import Cost, cost, own_cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
-from fxcompress.graph import compare, verify
+from fxcompress.graph import compare, opaque, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
 from fxcompress.graph.regions import regions
@@ -259,6 +259,6 @@ def _refresh(graph_module: fx.GraphModule, inputs: ExampleInputs, title: str) ->
     """Bring code and shapes of a changed graph up to date."""
     graph_module.recompile()
     try:
-        propagate(graph_module, inputs)
+        opaque.propagate(graph_module, inputs)
     except FxCompressError as error:
         raise PassError(f"{title} left a graph that does not run: {error}") from error

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxcompress.analysis.cost import cost, own_cost, together
-from fxcompress.errors import PassError
+from fxcompress.errors import FxCompressError, PassError
 from fxcompress.graph import compare, edit
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info, info
 from fxcompress.graph.regions import Region, refresh, regions, replace
-from fxcompress.pipeline.base import Note, Pass, PassContext, Whole
+from fxcompress.graph.shapes import propagate
+from fxcompress.pipeline.base import Note, Pass, PassContext, Piece, Whole
 
 if TYPE_CHECKING:
     from fxcompress.pipeline.manager import PassRow
@@ -59,10 +60,10 @@ def run_in_pieces(
 
 
 def _segments(passes: list[Pass]) -> Iterator[tuple[int, int]]:
-    """Cut a list of passes where one needs the whole model; each such pass is a segment of its own."""
+    """Cut a list of passes where one needs the whole model, or all pieces; each such pass is a segment of its own."""
     first = 0
     for index, item in enumerate(passes):
-        if item.whole:
+        if item.whole or item.joins:
             if index > first:
                 yield first, index
             yield index, index + 1
@@ -81,7 +82,9 @@ def _run_segment(
 ) -> tuple[fx.GraphModule, list[PassRow]]:
     done: dict[str, list[PassRow]] = {}
     costs = {}
-    for piece in [Region("", "", root, inputs), *regions(root)]:
+    pieces = [Region("", "", root, inputs), *regions(root)]
+    decided = _decided(pieces, root, context, segment, titles)
+    for piece in pieces:
         if _is_empty(piece.graph_module):
             _advance(piece.graph_module, segment)
             costs[piece.layer] = own_cost(piece.graph_module)
@@ -91,7 +94,7 @@ def _run_segment(
             piece.graph_module,
             piece.inputs,
             _context(context, piece, root),
-            segment,
+            decided[piece.path],
             [f"{title}{where}" for title in titles],
         )
         if not piece.path:
@@ -99,6 +102,22 @@ def _run_segment(
         elif after is not piece.graph_module:
             replace(root, piece.graph_module, after)
     return root, [_merged({layer: rows[index] for layer, rows in done.items()}, costs) for index in range(len(segment))]
+
+
+def _decided(
+    pieces: list[Region], root: fx.GraphModule, context: PassContext, segment: list[Pass], titles: list[str]
+) -> dict[str, list[Pass]]:
+    """The passes for each piece: those of the segment, unless they decide over all pieces together."""
+    there = [piece for piece in pieces if not _is_empty(piece.graph_module)]
+    if not segment[0].joins or not there:
+        return {piece.path: segment for piece in pieces}
+    for piece in there:
+        propagate(piece.graph_module, piece.inputs)
+    try:
+        found = segment[0].decide([Piece(piece.graph_module, _context(context, piece, root)) for piece in there])
+    except FxCompressError as error:
+        raise type(error)(f"{titles[0]} {error}") from error
+    return {piece.path: [item] for piece, item in zip(there, found, strict=True)}
 
 
 def _is_empty(graph_module: fx.GraphModule) -> bool:

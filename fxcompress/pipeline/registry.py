@@ -27,8 +27,12 @@ BUILT_IN: dict[str, str] = {
     "convert-observed": "convert_observed:ConvertObserved",
     "lower": "lower:Lower",
     "quantize": "quantize:Quantize",
+    "qat": "qat:QAT",
     "train": "train:Train",
     "distill": "distill:Distill",
+    "iterate": "iterate:Iterate",
+    "remember-weights": "rewind_weights:RememberWeights",
+    "rewind-weights": "rewind_weights:RewindWeights",
 }
 
 _REGISTERED: dict[str, type[Pass]] = {}

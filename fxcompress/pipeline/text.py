@@ -5,9 +5,10 @@ Grammar:
     pipeline := pass ("," pass)*
     pass     := NAME [ "{" option ("," option)* "}" ]
     option   := NAME "=" value
-    value    := Python literal | WORD | "[" [ value ("," value)* ] "]"
+    value    := Python literal | WORD | "[" [ value ("," value)* ] "]" | NAME "{" [ option ("," option)* ] "}"
 
-A word that is no literal is a string. Printing and parsing round-trip.
+A word that is no literal is a string; a value with braces is a pass, for passes made of others. Printing and parsing
+round-trip.
 """
 
 from __future__ import annotations
@@ -101,9 +102,13 @@ class _Parser:
 
     def _pass(self) -> Pass:
         name = self._word("the name of a pass")
+        return self._with_options(name, self._accept("{"))
+
+    def _with_options(self, name: str, braces: bool) -> Pass:
+        """Read the options of a pass, if there are any; the opening brace has been read."""
         pass_class = registry.find(name)
         given: dict[str, Any] = {}
-        if self._accept("{") and not self._accept("}"):
+        if braces and not self._accept("}"):
             while True:
                 self._option(pass_class, given)
                 if self._accept("}"):
@@ -135,6 +140,8 @@ class _Parser:
         kind, value, _ = self._next("a value")
         if kind == "mark":
             raise self._error(f"expected a value, found {value!r}")
+        if kind == "word" and self._accept("{"):
+            return self._with_options(value, True)
         if kind == "word" and value in _FLOATS:
             return float(value)
         try:

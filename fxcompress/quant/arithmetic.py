@@ -39,11 +39,11 @@ def affine_parameters(
         return scale, torch.full_like(scale, spec.middle, dtype=torch.int32)
     scale = _safe((high.double() - low.double()).div(spec.quant_max - spec.quant_min).float())
     scale = coarse_scale(scale, spec.significands)
-    return scale, _zero_point(low, scale, spec)
+    return scale, zero_point_for(low, scale, spec)
 
 
-def _zero_point(low: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """The integer for zero, such that the range lies on the grid; even where scales are coarse."""
+def zero_point_for(low: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Return the integer (int32) for zero with which the grid starts next to `low`; even where scales are coarse."""
     multiple = 2 if spec.significands else 1
     steps = torch.round((spec.quant_min - low / scale) / multiple) * multiple
     lowest = -(-spec.quant_min // multiple) * multiple
@@ -78,12 +78,28 @@ def coarse_scale(scale: torch.Tensor, significands: tuple[int, ...]) -> torch.Te
     return torch.ldexp(chosen, exponent).float()
 
 
+def nearest_coarse_scale(scale: torch.Tensor, significands: tuple[int, ...]) -> torch.Tensor:
+    """Return the number nearest to a scale, as a ratio, that is one of the significands times a power of two.
+
+    Args:
+        scale: positive, float32, of any shape.
+        significands: as `coarse_scale` takes them.
+    """
+    if not significands:
+        return scale
+    base = min(significands)
+    fraction, exponent = torch.frexp(scale.double())  # 0.5 <= fraction < 1
+    steps = torch.tensor([*sorted(significands), 2 * base], dtype=torch.float64, device=scale.device) / (2 * base)
+    chosen = steps[torch.searchsorted((steps[:-1] * steps[1:]).sqrt(), fraction)]
+    return torch.ldexp(chosen, exponent).float()
+
+
 def coarsened(scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the numbers of a grid with the coarse scale and even zero point of `spec` that covers the same range."""
     wider = coarse_scale(scale, spec.significands)
     if spec.symmetric or not spec.significands:
         return wider, zero_point
-    return wider, _zero_point(scale * (spec.quant_min - zero_point), wider, spec)
+    return wider, zero_point_for(scale * (spec.quant_min - zero_point), wider, spec)
 
 
 def broadcast(parameter: torch.Tensor, ndim: int, axis: int | None) -> torch.Tensor:

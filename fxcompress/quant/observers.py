@@ -8,13 +8,14 @@ reason, to compare outputs for example, leaves its statistics alone.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fxcompress.errors import InputError, OptionError, did_you_mean
-from fxcompress.quant.arithmetic import affine_parameters, coarsened
+from fxcompress.quant.arithmetic import affine_parameters, coarsened, fake_quantize
 from fxcompress.quant.spec import ACTIVATION, VALUE_SIGNIFICANDS, WEIGHT_SIGNIFICANDS, QuantSpec
 
 
@@ -184,6 +185,43 @@ class PerChannelMinMax(Observer):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class PerChannelError(Observer):
+    """Covers, for each index of one axis, the range with the least squared error of rounding and clipping.
+
+    Looks at the last tensor only, as weights are the same at every call. For few bits, where the largest weights are
+    better clipped than all others rounded coarsely.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        if spec.channel_axis is None:
+            raise OptionError("PerChannelError needs a QuantSpec with a channel_axis")
+        super().__init__(spec)
+        self.latest = torch.empty(0)
+
+    def record(self, x: torch.Tensor) -> None:
+        """Remember `x`, without copying it."""
+        self.latest = x
+
+    def reset(self) -> None:
+        """Forget everything recorded."""
+        super().reset()
+        self.latest = self.latest.new_empty(0)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the range of each channel, of those that share the middle of the grid with the widest one."""
+        rows = self.latest.float().movedim(self.spec.channel_axis or 0, 0).flatten(1)
+        low, high = torch.aminmax(rows, dim=1) if rows.shape[1] else (rows.new_zeros(len(rows)),) * 2
+        spec = self.spec.along(0)
+        best, least = torch.ones_like(low), torch.full_like(low, math.inf)
+        for share in torch.linspace(1.0, _NARROWEST, _CANDIDATES):
+            error = (
+                (fake_quantize(rows, *affine_parameters(low * share, high * share, spec), spec) - rows).square().sum(1)
+            )
+            best = torch.where(error < least, share, best)
+            least = torch.minimum(error, least)
+        return low * best, high * best
 
 
 class Histogram(Observer):
@@ -492,6 +530,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "histogram": Histogram,
     "percentile": Percentile,
     "per-channel": PerChannelMinMax,
+    "per-channel-error": PerChannelError,
 }
 
 
@@ -500,7 +539,8 @@ def make_observer(wanted: object, spec: QuantSpec) -> nn.Module:
 
     Args:
         wanted: a name of `OBSERVERS`; a subclass of `Observer`, called with `spec`; or a callable without arguments,
-            such as an observer class of torch.ao or what its `with_args` returns.
+            such as an observer class of torch.ao or what its `with_args` returns. Those of `OBSERVERS` that observe
+            whole tensors have one scale, whatever `spec` says.
         spec: the format, for observers that do not bring their own.
 
     Raises:
@@ -509,9 +549,10 @@ def make_observer(wanted: object, spec: QuantSpec) -> nn.Module:
     if isinstance(wanted, str):
         if wanted not in OBSERVERS:
             raise OptionError(f"there is no observer named {wanted!r}{did_you_mean(wanted, OBSERVERS)}")
-        return OBSERVERS[wanted](spec)
+        wanted = OBSERVERS[wanted]
     if isinstance(wanted, type) and issubclass(wanted, Observer):
-        return wanted(spec)
+        whole = wanted in OBSERVERS.values() and wanted not in (PerChannelMinMax, PerChannelError)
+        return wanted(replace(spec, channel_axis=None) if whole else spec)
     if not callable(wanted):
         raise OptionError(f"an observer must be a name, a class or a factory of observers, not {wanted!r}")
     made = wanted()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from fxcompress.errors import OptionError
+from fxcompress.quant.normed_layers import PLAIN
 from fxcompress.quant.observers import make_observer
 from fxcompress.quant.spec import ACTIVATION, QuantSpec
 
@@ -25,16 +26,17 @@ class ObserverChoice:
     """The observers of one layer.
 
     activation: what `observers.make_observer` takes, for values; likewise weight, for the layer's weight.
-    weight_spec: the format of the weight, where the observer does not bring its own.
+    weight_spec, activation_spec: the format of the weight and of values, where the observer does not bring its own.
     """
 
     activation: Any
     weight: Any
     weight_spec: QuantSpec
+    activation_spec: QuantSpec = ACTIVATION
 
     def activation_observer(self) -> nn.Module:
         """Return a new observer for a value."""
-        return make_observer(self.activation, ACTIVATION)
+        return make_observer(self.activation, self.activation_spec)
 
     def weight_observer(self) -> nn.Module:
         """Return a new observer for the weight."""
@@ -70,7 +72,7 @@ def _is_qconfig(candidate: object) -> bool:
 
 
 def _choice(qconfig: Any, default: ObserverChoice) -> ObserverChoice:
-    return ObserverChoice(qconfig.activation, qconfig.weight, default.weight_spec)
+    return replace(default, activation=qconfig.activation, weight=qconfig.weight)
 
 
 def _optional(qconfig: object, default: ObserverChoice) -> ObserverChoice | None:
@@ -96,7 +98,7 @@ class _Rules:
         for pattern, qconfig in self.by_pattern.items():
             if re.match(pattern, path):
                 return qconfig
-        return self.by_type.get(type(module), self.everywhere)
+        return self.by_type.get(PLAIN.get(type(module), type(module)), self.everywhere)
 
 
 def _rules(mapping: Any) -> _Rules:

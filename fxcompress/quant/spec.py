@@ -77,6 +77,28 @@ WEIGHT = QuantSpec(torch.int8, -127, 127, symmetric=True, channel_axis=0, signif
 #: Weights for CPUs without VNNI, see `REDUCED_WEIGHT_LIMIT`.
 REDUCED_WEIGHT = replace(WEIGHT, quant_min=-REDUCED_WEIGHT_LIMIT, quant_max=REDUCED_WEIGHT_LIMIT)
 
+#: How many bits numbers may have; 8-bit kernels compute with all of them.
+BITS = range(2, 9)
+
+
+def activation_spec(bits: int) -> QuantSpec:
+    """Return the default format of activations in some number of `BITS`: unsigned, all numbers used."""
+    return replace(ACTIVATION, quant_max=2**bits - 1)
+
+
+def weight_spec(bits: int, reduced: bool = False) -> QuantSpec:
+    """Return the default format of weights in some number of `BITS`: signed, symmetric, a scale for each channel.
+
+    Below 8 bits the smallest number is used as well (-8 .. 7 for 4 bits), as one step more is worth more there than
+    symmetry.
+
+    Args:
+        reduced: whether 8 bits stay within `REDUCED_WEIGHT_LIMIT`, as fewer do anyway.
+    """
+    if bits == 8:
+        return REDUCED_WEIGHT if reduced else WEIGHT
+    return replace(WEIGHT, quant_min=-(2 ** (bits - 1)), quant_max=2 ** (bits - 1) - 1)
+
 
 @dataclass(frozen=True)
 class Grid:

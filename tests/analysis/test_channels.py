@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from torch import fx, nn
 
 import fxcompress as fxc
 from fxcompress import passes as P
-from fxcompress.analysis.channels import ChannelAnalysis, Walk, analyse
-from fxcompress.analysis.transfer import RULES, transfer
+from fxcompress.analysis.channels import ChannelAnalysis, Walk, analyse, layer
+from fxcompress.analysis.transfer import RESIZE, RULES, transfer
+from fxcompress.errors import PassError
+from fxcompress.graph import ops
 from fxcompress.testing import assert_equivalent
 
 Forward = Callable[["Net", torch.Tensor], torch.Tensor]
@@ -138,6 +141,103 @@ def test_a_users_operator_can_be_given_a_rule() -> None:
         assert pruned.get_parameter("a.weight").shape[0] < 4
         assert_equivalent(masked, pruned, X)
         assert double_first in {node.target for node in pruned.graph.nodes}
+    finally:
+        del RULES[double_first]
+
+
+class Mixer(nn.Module):
+    """A layer of a user's own, which looks at data, so that it cannot be traced."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.width = outputs
+        self.weight, self.scale = nn.Parameter(torch.randn(outputs, inputs)), nn.Parameter(torch.rand(inputs) + 0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale.view(1, -1, 1, 1)
+        if x.sum() > 1e9:
+            x = x * 0
+        made = torch.einsum("oi,bihw->bohw", self.weight, x).view(x.shape[0], self.width, *x.shape[2:])
+        return made + self.bias.view(1, -1, 1, 1)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """A function of a user's own."""
+    return x * torch.tanh(gate) if x.sum() < 1e9 else x
+
+
+fx.wrap("gated")
+
+
+def mixer_rule(walk: Walk, node: fx.Node, *, reads: bool = True) -> object:
+    """As the documentation has it."""
+    module: Any = layer(node)
+    given = walk.of(node.args[0])
+    channels = given[1]
+    walk.parameter(module.scale, 0, channels, "scale of the mixer")
+    walk.parameter(module.weight, 1, channels, "inputs of the mixer")
+    if channels is not None and reads:
+        harmless = (channels.constant == 0) | walk.unused(module.weight, 1)
+        walk.read(node, channels, harmless, "a channel that is not zero is mixed")
+    made = walk.made_here(module.weight, 0)
+    walk.parameter(module.bias, 0, made, "bias of the mixer")
+    return (given[0], made, *given[2:])
+
+
+def gated_rule(walk: Walk, node: fx.Node) -> object:
+    """As the documentation has it."""
+    first, second = (walk.of(argument) for argument in node.args)
+    tied = [walk.tie(one, other, "gated") for one, other in zip(first, second, strict=True)]
+    return tuple(axis and axis.varying() for axis in tied)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_users_module_can_be_given_a_rule(reads: bool) -> None:
+    """Parameters, sizes kept in attributes, and shapes of what cannot be traced follow."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.mixer, self.d = (
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(3, 8, 1),
+                Mixer(8, 12),
+                nn.Conv2d(12, 4, 1),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.d(self.mixer(gated(self.a(x), self.b(x))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Own().eval()
+    try:
+        transfer(gated)(gated_rule)
+        transfer(Mixer, resize=lambda module: setattr(module, "width", len(module.weight)))(
+            lambda walk, node: mixer_rule(walk, node, reads=reads)
+        )
+        masked = fxc.compile(model, [P.MaskChannels(0.5, scope="layer")], X)
+        pruned = fxc.compile(model, [P.PruneChannels(0.5, scope="layer")], X)
+        kept = 4 if reads else 8
+        assert pruned.get_parameter("a.weight").shape[0] == pruned.get_parameter("b.weight").shape[0] == kept
+        assert pruned.get_parameter("mixer.weight").shape == (6, kept)
+        assert pruned.get_parameter("mixer.bias").shape == (6,)
+        assert_equivalent(masked, pruned, X)
+        assert pruned.report is not None
+        notes = [note for line in pruned.report.layers for note in line.notes]
+        assert reads != any("whose rule does not say that it reads it" in note for note in notes)
+    finally:
+        for key in (gated, Mixer):
+            del RULES[key]
+            ops.WHOLE.discard(key)
+        del RESIZE[Mixer]
+
+
+def test_a_rule_that_returns_wrong_axes_is_named() -> None:
+    try:
+        transfer(double_first)(lambda walk, node: walk.of(node.args[0])[:2])
+        with pytest.raises(PassError, match=r"rule for double_first .* one axis, or None, for each dimension"):
+            fxc.compile(Net(lambda net, x: double_first(net.a(x))), [P.PruneChannels(0.5)], X)
     finally:
         del RULES[double_first]
 

@@ -169,7 +169,10 @@ OPERATORS: dict[str, tuple[Forward, list[int]]] = {
     "tensor_split at indices": (lambda net, x: torch.cat(torch.tensor_split(net.a(x), [2, 5], 1), 1), [4, 8]),
     "reshape_as": (lambda net, x: net.a(x).flatten(2).reshape_as(net.b(x)), [4, 4]),
     "norm": (response_norm, [4, 8]),
-    "norm of all": (lambda net, x: net.a(x) + net.b(x).norm(), [4, 8]),
+    "norm of all": (lambda net, x: net.a(x) + net.b(x).norm(), [4, 4]),
+    "norm over channels": (lambda net, x: net.a(x) * net.b(x).norm(dim=1, keepdim=True), [4, 4]),
+    "least of channels": (lambda net, x: net.a(x) * net.b(x).norm(p=-1, dim=1, keepdim=True), [4, 8]),
+    "normalize": (lambda net, x: F.normalize(net.a(x), dim=1) + net.b(x), [4, 4]),
     "max of two": (lambda net, x: torch.max(net.a(x), net.b(x)).relu(), [4, 4]),
     "min over positions": (lambda net, x: net.a(x).min(3, keepdim=True)[0] + net.b(x), [4, 4]),
     "max over channels": (lambda net, x: net.a(x) + net.b(x).max(1, keepdim=True).values, [4, 8]),
@@ -240,3 +243,47 @@ def test_standardised_weights(groups: int) -> None:
         Standardised(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1),
     )  # fmt: skip
     assert widths(pruned(model), "0", "2", "4") == [4, 4, 4]
+
+
+def channel_attention(net: Pair, x: torch.Tensor) -> Any:
+    """ECA: a convolution over the channels, so that no channel can go without moving its neighbours."""
+    a = net.a(x)
+    weights = net.more["eca"](a.mean((2, 3)).view(a.shape[0], 1, -1)).sigmoid().view(a.shape[0], -1, 1, 1)
+    return net.more["inner"](a * weights.expand_as(a)).relu() + net.b(x) * weights
+
+
+def test_what_is_convolved_over_keeps_its_own_channels_only_and_says_why() -> None:
+    model = Pair(channel_attention, more={"eca": nn.Conv1d(1, 1, 3, padding=1), "inner": nn.Conv2d(8, 8, 1)})
+    removed = pruned(model)
+    assert widths(removed, "a", "b") == [8, 8]
+    assert removed.report is not None
+    notes = {line.layer: line.notes for line in removed.report.layers}
+    assert notes["a"][-1] == "not pruned: convolved over by more.eca"
+    assert notes["b"][-1].endswith("ties it to a dimension of fixed size (convolved over by more.eca)")
+    free = Pair(lambda net, x: net.more["out"](channel_attention(net, x)).relu(), reads=6,
+                more={**model.more, "out": nn.Conv2d(8, 6, 1)})  # fmt: skip
+    assert widths(pruned(free), "a", "more.out") == [8, 3]
+
+
+class CosineAttention(nn.Module):
+    """Attention with normalised queries and keys, whose bias for keys is zeroed at run time, as in Swin V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.qkv.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        made = F.linear(x, self.qkv.weight, bias)
+        query, key, value = made.reshape(x.size(0), x.size(1), 3, 2, 4).permute(2, 0, 3, 1, 4)
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        return self.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_positions_of_heads_with_normalised_queries_go() -> None:
+    removed = pruned(CosineAttention(), (2, 5, 8))
+    assert removed.get_parameter("qkv.weight").shape == (12, 8)
+    assert removed.get_parameter("qkv.bias").shape == (12,)
+    assert removed.get_parameter("proj.weight").shape == (8, 4)

@@ -502,3 +502,95 @@ def test_tokens(width: int, shape: tuple[int, ...]) -> None:
         noise = (compact(x) - expected).square().mean()  # numbers between two integers may be rounded to either
         assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
     assert python_calls(compact) == []
+
+
+def image_by_image(compact: CompactModule) -> list[int]:
+    """For each plan, how many images it computes one by one."""
+    made = compact._native.made
+    assert made is not None
+    return [0 if plan.single is None else plan.single.images for plan in made.plans.values()]
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_images_of_a_batch_are_computed_one_by_one(batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(compact, x)
+        assert_same(compact, x.contiguous(memory_format=torch.channels_last))
+    finally:
+        torch.set_num_threads(before)
+    assert image_by_image(compact) == [batch, batch]
+
+
+class Mixing(nn.Module):
+    """Convolutions between which images meet."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second = how, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.how == "transpose":
+            y = y.transpose(0, 1)
+        elif self.how == "reshape":
+            y = y.reshape(y.shape[0] // 2, y.shape[1], y.shape[2] * 2, y.shape[3])
+        elif self.how == "cat":
+            y = torch.cat((y[2:], y[:2]))
+        z: torch.Tensor = self.second(y)
+        return z
+
+
+@pytest.mark.parametrize("how", ["transpose", "reshape", "cat"])
+def test_images_that_meet_are_not(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    compact = fxc.compile(Mixing(how), "fuse, quantize", x, calibration=[x])
+    assert_same(compact, x)
+    assert image_by_image(compact) == [0]
+
+
+class Windows(nn.Module):
+    """Attention in shifted windows, with a mask that is computed from sizes, as Swin has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, height, width, c = x.shape
+        y = F.pad(self.norm(x), (0, 0, 0, -width % 4, 0, -height % 4))
+        y = torch.roll(y, (-2, -1), dims=(1, 2))
+        rows, columns = y.shape[1] // 4, y.shape[2] // 4
+        y = y.view(n, rows, 4, columns, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        q, k, v = self.qkv(y).reshape(-1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = y.new_zeros((4, 4))
+        mask[2:] = 1
+        mask[:, 3:] += 2
+        flat = mask.reshape(16)
+        gap = (flat[None, :] - flat[:, None]).ne(0)
+        scores = (q * 8**-0.5) @ k.transpose(-2, -1) + self.table
+        scores = scores.masked_fill(gap, -100.0)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, c)
+        y = self.out(y).view(n, rows, columns, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, 4 * rows, 4 * columns, c)
+        y = torch.roll(y, (2, 1), dims=(1, 2))[:, :height, :width]
+        return x + y
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 7, 10, 16)])
+def test_windows(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    compact = fxc.compile(Windows(), "fuse, quantize", x, calibration=[x])
+    expected = by_graph(compact, x)
+    for _ in range(2):
+        noise = (compact(x) - expected).square().mean()
+        assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 30
+    assert set(python_calls(compact)) <= {"matmul", "matmul_1", "masked_fill"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import ArtifactError, CaptureError
-from fxcompress.graph import compare
+from fxcompress.graph import compare, opaque
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info, info
 from fxcompress.graph.regions import regions
@@ -192,7 +192,7 @@ def test_python_stays_in_charge_of_what_is_compressed_inside(detector: Detector)
     assert compact.report is not None
     lines = {line.layer: line for line in compact.report.layers}
     assert lines["backbone.body.0"].notes[:2] == ("masked 16 -> 8", "pruned 16 -> 8")
-    assert "not pruned: output of the model" in lines["backbone.body.3"].notes
+    assert "not pruned: output of backbone, read by code that stays Python" in lines["backbone.body.3"].notes
     assert lines["head.tower.0"].notes[:2] == ("masked 12 -> 6", "pruned 12 -> 6")
     assert "opaque: could not be traced (control flow at " in lines["model"].notes[0]
     assert compact.report.before.parameters == sum(p.numel() for p in detector.parameters())
@@ -394,3 +394,57 @@ def test_a_detector_of_torchvision() -> None:
     targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
     losses = compact.train()(images, targets)
     assert losses.keys() == model.train()(images, targets).keys()
+
+
+class Table(nn.Module):
+    """Keeps a table of positions until an input of another size comes."""
+
+    positions: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+        self.register_buffer("positions", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        if self.positions.shape[0] != size:
+            self.positions = torch.arange(size, dtype=torch.float32).view(-1, 1) / size
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return self.linear(x) * self.positions  # type: ignore[no-any-return]
+
+
+def test_a_table_that_forward_computes_from_sizes_is_computed_once() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Table(), nn.Linear(8, 3)).eval(), torch.randn(2, 5, 4)
+    graph = fxc.trace(model, x)
+    assert not opaque.reasons(graph)
+    assert any("0.positions: computed by the forward" in note for note in graph_info(graph).notes)
+    assert cast(Table, model[0]).positions.shape == (1,)
+    for size in (2, 3):
+        inputs = torch.randn(size, 5, 4)
+        assert torch.equal(graph(inputs), model(inputs))
+    compact = fxc.compile(model, "prune-channels{ratio=0.5, scope=layer}", x)
+    assert compact.get_parameter("0.linear.weight").shape == (4, 4)
+
+
+class Counter(nn.Module):
+    """Counts its calls: what it replaces depends on no input, but is no table either."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+def test_a_buffer_that_changes_with_every_call_is_no_table() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Counter()).eval(), torch.randn(2, 4)
+    graph = fxc.trace(model, x)
+    assert "replaces the buffer 'calls'" in opaque.reasons(graph)["1"]
+    for _ in range(2):
+        assert torch.equal(graph(x), model(x))

@@ -398,3 +398,19 @@ def test_a_pruned_model_trains(name: str) -> None:
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     torch.stack([leaf.square().mean() for leaf in leaves]).sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_ledger_names_every_parameter(name: str) -> None:
+    model, inputs = build(name), doubled(ARCHITECTURES[name][1](2))
+    removed = fxc.compile(model, [P.PruneChannels(0.5, scope="layer")], inputs)
+    assert removed.report is not None
+    said = {line.layer: line.notes for line in removed.report.layers}
+    shapes = {path: parameter.shape for path, parameter in removed.named_parameters()}
+    for path, shape in shapes.items():
+        parts = path.split(".")
+        notes = [note for end in range(1, len(parts) + 1) for note in said.get(".".join(parts[:end]), ())]
+        verdicts = [note for note in notes if note.startswith(("pruned ", "not pruned: "))]
+        assert len(verdicts) == 1, path
+        if verdicts[0].startswith("pruned "):
+            assert shape.numel() == 0 or int(verdicts[0].split()[-1]) in shape

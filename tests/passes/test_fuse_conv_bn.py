@@ -15,9 +15,10 @@ from fxcompress.graph.capture import trace
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.graph.printer import print_graph
-from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward, folded_backward
+from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.pipeline.manager import PassManager
+from fxcompress.quant.folding import folded_backward
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

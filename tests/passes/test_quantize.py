@@ -192,10 +192,10 @@ def test_observers_leave_the_function_and_the_paths_of_the_weights_alone() -> No
         stage OBSERVED
         %0 = placeholder x
         %1 = module observers.x: MinMax(uint8[0,255])(%0)
-        %2 = attribute a.bias
-        %3 = attribute a.weight
-        %4 = module observers.a_weight: PerChannelMinMax(int8[-127,127], axis=0)(%3)
-        %5 = conv_function(%1, %4, bias=%2, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+        %2 = attribute a.weight
+        %3 = module observers.a_weight: PerChannelMinMax(int8[-127,127], axis=0)(%2)
+        %4 = attribute a.bias
+        %5 = conv_function(%1, %3, bias=%4, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
         %6 = module observers.a: MinMax(uint8[0,255])(%5)
         %7 = attribute c.weight
         %8 = module observers.c_weight: PerChannelMinMax(int8[-127,127], axis=0)(%7)

@@ -35,10 +35,13 @@ FLOAT_PASSES: dict[str, fxc.Pass] = {
     "eliminate-common": P.EliminateCommon(),
     "eliminate-dead": P.EliminateDead(),
     "fuse": P.Fuse(),
+    "remember-weights": P.RememberWeights(),
 }
-LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "quantize"}
+LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "quantize", "qat"}
+#: Needs another pass before it; `tests/passes/test_iterate.py` holds it to the promises.
+LEANS_ON_ANOTHER = {"rewind-weights"}
 #: A second run of these does something by design: it prunes what is left, or trains on.
-REPEATABLE_BY_DESIGN = {"prune-channels", "train", "distill"}
+REPEATABLE_BY_DESIGN = {"prune-channels", "train", "distill", "iterate"}
 
 
 def _largest(model: Program) -> float:
@@ -48,7 +51,7 @@ def _largest(model: Program) -> float:
 
 def test_every_registered_pass_is_held_to_the_promises() -> None:
     built_in = set(registry.BUILT_IN)
-    assert built_in == set(FLOAT_PASSES) | LATER | REPEATABLE_BY_DESIGN
+    assert built_in == set(FLOAT_PASSES) | LATER | LEANS_ON_ANOTHER | REPEATABLE_BY_DESIGN
 
 
 @many

@@ -79,7 +79,7 @@ def test_sums_of_products_need_no_more_than_24_bits() -> None:
 
 def test_fake_quantiser_follows_its_observer_while_recording() -> None:
     x = torch.linspace(-1, 3, 50)
-    module = FakeQuantize(MinMax())
+    module = FakeQuantize(MinMax()).eval()
     with pytest.raises(InputError, match="MinMax has recorded nothing"):
         module.calculate_qparams()
     assert torch.equal(module(x), x)

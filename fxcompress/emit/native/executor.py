@@ -92,9 +92,13 @@ class Executor:
         """The first call with inputs of these shapes makes the plan."""
         inputs = _positional(self.graph_module, arguments, keywords)
         plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
+        single = None
+        if images_of(plan) > 1:  # then a plan for one of them will do for each
+            one = [leaf[:1] if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
+            single = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
-        self.plans[key] = bound = BoundPlan(plan, self.library)
+        self.plans[key] = bound = BoundPlan(plan, self.library, single)
         return bound([leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)])
 
 
@@ -156,8 +160,9 @@ def _without_memory(value: Any) -> Any:
 class BoundPlan:
     """A plan with its memory laid out."""
 
-    def __init__(self, plan: Plan, library: Library) -> None:
+    def __init__(self, plan: Plan, library: Library, single: Plan | None = None) -> None:
         self.plan, self.library = plan, library
+        self.single = None if single is None else _ImageByImage(self, BoundPlan(single, library), images_of(plan))
         arena = [buffer for buffer in plan.buffers if buffer.place == "arena" and buffer.first >= 0]
         self.offsets, self.size = memory.arrange(arena)
         self.runs = _runs(plan.items)
@@ -167,16 +172,15 @@ class BoundPlan:
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Run on the tensors among the arguments, in their order."""
-        try:
-            room = self.free.pop()
-        except IndexError:
-            room = _Memory(self)
+        threads = torch.get_num_threads()
+        if self.single is not None and self.single.pays(threads):
+            return self.single(tensors, threads)
+        room = _taken(self)
         held: dict[int, torch.Tensor] = dict(zip(self.inputs, tensors, strict=True))
         for buffer in self.outputs:
             held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
         for index, tensor in held.items():
             room.pointers[index] = tensor.data_ptr()
-        threads = torch.get_num_threads()
         for part in self.runs:
             if isinstance(part, PythonCall):
                 self._call(part, room, held)
@@ -200,6 +204,85 @@ class BoundPlan:
                 tensor = torch.empty_strided(tensor.shape, view.meta.stride(), dtype=tensor.dtype).copy_(tensor)
             held[view.buffer.index] = tensor
             room.pointers[view.buffer.index] = tensor.data_ptr() - view.offset
+
+
+def images_of(plan: Plan) -> int:
+    """Return how many images (or other samples) a plan is for, if it computes each of them by itself; else 1.
+
+    That is so if the first dimension of every value counts the images, the images of a buffer lie one after the other,
+    and every item is a step: all kinds of steps keep images apart.
+    """
+    found = {view.meta.shape[0] if view.meta.ndim else 0 for view in plan.inputs}
+    images = found.pop() if len(found) == 1 else 1
+    if images < 2 or any(isinstance(item, PythonCall) for item in plan.items):
+        return 1
+    for view in plan.views:
+        if view.buffer.place == "constant":
+            if view.meta.ndim and view.meta.shape[0] == images:
+                return 1  # perhaps a number for each image
+        elif (
+            view.meta.ndim == 0
+            or view.meta.shape[0] != images
+            or view.buffer.bytes % images
+            or view.strides()[0] * images != view.buffer.bytes
+            or view.offset >= view.strides()[0]
+        ):
+            return 1
+    leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
+    return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
+
+
+class _ImageByImage:
+    """Runs the plan for one image on each of a batch, every thread on images of its own.
+
+    What one image needs stays in a thread's cache, and threads do not wait for each other at every step.
+    """
+
+    def __init__(self, whole: BoundPlan, single: BoundPlan, images: int) -> None:
+        self.whole, self.single, self.images = whole, single, images
+        (self.steps,) = single.runs
+        views = zip(single.plan.inputs, whole.plan.inputs, strict=True)
+        self.moving = [(one.buffer.index, all_.buffer.index, all_.strides()[0]) for one, all_ in views]
+        outputs = zip(tree_leaves(single.plan.output), tree_leaves(whole.plan.output), strict=True)
+        for one, all_ in outputs:
+            if isinstance(one, View):
+                self.moving.append((one.buffer.index, all_.buffer.index, all_.buffer.bytes // images))
+        numbers = ctypes.c_int64 * len(self.moving)
+        self.indices = numbers(*(one for one, _, _ in self.moving))
+        self.strides = numbers(*(stride for _, _, stride in self.moving))
+
+    def pays(self, threads: int) -> bool:
+        """Whether no thread would stand idle for long."""
+        return self.images % threads == 0 or self.images >= 4 * threads
+
+    def __call__(self, tensors: Sequence[torch.Tensor], threads: int) -> Any:
+        whole, single = self.whole, self.single
+        rooms = [_taken(single) for _ in range(threads)]
+        held = dict(zip(whole.inputs, tensors, strict=True))
+        for buffer in whole.outputs:
+            held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
+        tables = (ctypes.c_void_p * threads)(*(ctypes.addressof(room.pointers) for room in rooms))
+        bases = (ctypes.c_void_p * len(self.moving))(*(held[index].data_ptr() for _, index, _ in self.moving))
+        whole.library.run_each(
+            self.steps, len(self.steps), tables, self.images, len(self.moving), self.indices, bases, self.strides,
+            threads,
+        )  # fmt: skip
+        single.free.extend(rooms)
+        pick = lambda leaf: _output(leaf, held) if isinstance(leaf, View) else leaf  # noqa: E731
+        return tree_map(pick, whole.plan.output)
+
+
+def _taken(bound: BoundPlan) -> _Memory:
+    """Memory for one run of a plan."""
+    try:
+        return bound.free.pop()
+    except IndexError:
+        return _Memory(bound)
+
+
+def _output(view: View, held: dict[int, torch.Tensor]) -> torch.Tensor:
+    flat = held[view.buffer.index][: view.buffer.bytes].view(view.meta.dtype)
+    return flat.as_strided(view.meta.shape, view.meta.stride(), view.meta.storage_offset())
 
 
 class _Memory:
@@ -226,15 +309,15 @@ class _Memory:
         """Return a view as a tensor."""
         meta, index = view.meta, view.buffer.index
         if index in self.constants:
-            return self.constants[index].as_strided(meta.shape, meta.stride(), meta.storage_offset())
+            base = self.constants[index]
+            return base.as_strided(meta.shape, meta.stride(), base.storage_offset() + meta.storage_offset())
         if index in self.offsets:
             start = self.shift + self.offsets[index]
             flat = self.arena[start : start + view.buffer.bytes].view(meta.dtype)
             return flat.as_strided(meta.shape, meta.stride(), flat.storage_offset() + meta.storage_offset())
         found = held[index]
-        if found.dtype == torch.uint8 and found.ndim == 1 and view.buffer.place == "output":
-            flat = found[: view.buffer.bytes].view(meta.dtype)
-            return flat.as_strided(meta.shape, meta.stride(), meta.storage_offset())
+        if view.buffer.place == "output":
+            return _output(view, held)
         if found.shape == meta.shape and found.stride() == meta.stride():
             return found
         return found.as_strided(meta.shape, meta.stride(), found.storage_offset() + meta.storage_offset())

@@ -149,11 +149,12 @@ struct Pointwise {
     int64_t zero, low, high;
 };
 
-// Rows with mean 0 and variance 1, times a scale, plus a shift.
+// Rows with mean 0 and variance 1, times a scale, plus a shift; or the softmax of rows.
 struct Normalization {
     int64_t op;
     Place source, result;
     int64_t rows, channels;
+    int64_t softmax;
     const float* scale;  // in whole vectors
     const float* shift;
     double epsilon;
@@ -913,6 +914,27 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
 
 // -------------------------------------------------------------------------------------------------- normalization
 
+void softmax(const float* from, float* to, int64_t count) {
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    __m512 largest = lowest, sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16)
+        largest = _mm512_max_ps(largest, _mm512_mask_loadu_ps(lowest, first_floats(count - i), from + i));
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first_floats(count - i);
+        const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, from + i), top);
+        // Below -87, where `power` ends, a summand is nothing.
+        const __m512 y = _mm512_maskz_mov_ps(mask & _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), power(x));
+        _mm512_mask_storeu_ps(to + i, mask, y);
+        sum = _mm512_add_ps(sum, y);
+    }
+    const __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first_floats(count - i);
+        _mm512_mask_storeu_ps(to + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, to + i), factor));
+    }
+}
+
 void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int threads) {
     const Limits limits(c.inverse, c.zero, c.low, c.high);
     const int64_t size = c.kind == FLOAT ? 4 : 1, vectors = (c.channels + 15) / 16;
@@ -921,6 +943,10 @@ void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int 
     for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
         const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
+        if (c.softmax) {
+            softmax(from, (float*)to, c.channels);
+            continue;
+        }
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
         for (int64_t v = 0; v < vectors; v++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(part(v), from + 16 * v));
         const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)c.channels);
@@ -997,6 +1023,22 @@ int64_t fxc_size(int64_t op) {
         case NORMALIZATION: return sizeof(Normalization);
     }
     return 0;
+}
+
+// Runs a plan for one image on each of several: every thread has images and memory of its own, and waits for nobody.
+// buffers: one table for each thread. moving: numbers of the buffers that hold all images, which lie at bases[i] and
+// `strides[i]` bytes apart.
+void fxc_run_each(const int64_t* const* steps, int64_t count, uint8_t** const* buffers, int64_t images, int64_t movings,
+                  const int64_t* moving, uint8_t* const* bases, const int64_t* strides, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        uint8_t** own = buffers[thread];
+        for (int64_t image = images * thread / all; image < images * (thread + 1) / all; image++) {
+            for (int64_t i = 0; i < movings; i++) own[moving[i]] = bases[i] + image * strides[i];
+            for (int64_t i = 0; i < count; i++) execute(steps[i], own, 0, 1);
+        }
+    }
 }
 
 void fxc_run(const int64_t* const* steps, int64_t count, uint8_t* const* buffers, int64_t threads) {

@@ -44,6 +44,10 @@ class Library:
         self.run = functions.fxc_run
         self.run.restype = None
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self.run_each = functions.fxc_run_each
+        self.run_each.restype = None
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        self.run_each.argtypes = (pointer, number, pointer, number, number, pointer, pointer, pointer, number)
 
 
 def library() -> Library | None:

@@ -42,6 +42,9 @@ _VIEWS = frozenset(
 
 _ARITHMETIC = {"add": steps.ADD, "sub": steps.SUBTRACT, "mul": steps.MULTIPLY, "div": steps.DIVIDE}
 
+#: Tensors of which only the shape is not known.
+_FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -64,9 +67,9 @@ class PythonCall:
 class Plan:
     """What a call does, item by item, and what it needs.
 
-    items: steps and Python calls. inputs: views of the tensor arguments, in order. output: the graph's output, with
-    views in the places of tensors. keep: tensors whose addresses are written in steps.
-    constants: buffers that are tensors of the model.
+    items: steps and Python calls, and names: of their nodes. inputs: views of the tensor arguments, in order.
+    output: the graph's output, with views in the places of tensors. views: all that steps read and write.
+    keep: tensors whose addresses are written in steps. constants: buffers that are tensors of the model.
     """
 
     items: list[steps.Step | PythonCall] = field(default_factory=list)
@@ -74,6 +77,7 @@ class Plan:
     buffers: list[Buffer] = field(default_factory=list)
     inputs: list[View] = field(default_factory=list)
     output: Any = None
+    views: list[View] = field(default_factory=list)
     keep: list[torch.Tensor] = field(default_factory=list)
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -113,9 +117,34 @@ class _Planner:
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             return value  # sizes, and what is computed of them: fixed by the shapes that the plan is for
         try:
-            return self._native(node)
+            return self._fixed(node, value) or self._native(node)
         except Unplanned:
             return self._python(node, value)
+
+    def _fixed(self, node: fx.Node, value: Any) -> View | None:
+        """A tensor that depends on shapes and on the model's own tensors only is computed once, here."""
+        if not isinstance(value, torch.Tensor) or node.op == "call_module":
+            return None
+        kind = ops.kind(node)
+        if kind in _FILLED:
+            return cast("View", self._constant(_FILLED[kind](value.shape, dtype=value.dtype)))
+        arguments, keywords = self._arguments(node.args), self._arguments(node.kwargs)
+        views = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, View)]
+        if not views or kind == "opaque" or any(one.buffer.place != "constant" for one in views):
+            return None
+        real = lambda leaf: self._real(leaf) if isinstance(leaf, View) else leaf  # noqa: E731
+        arguments, keywords = tree_map(real, (arguments, keywords))
+        with torch.no_grad():
+            if node.op == "call_method":
+                made = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+            else:
+                made = cast("Callable[..., Any]", node.target)(*arguments, **keywords)
+        return cast("View", self._constant(made))
+
+    def _real(self, view: View) -> torch.Tensor:
+        """The numbers of a constant."""
+        tensor, meta = self.plan.constants[view.buffer.index], view.meta
+        return tensor.as_strided(meta.shape, meta.stride(), tensor.storage_offset() + meta.storage_offset())
 
     def _native(self, node: fx.Node) -> Any:
         module: Any = ops.submodule(node) if node.op == "call_module" else None
@@ -130,6 +159,9 @@ class _Planner:
         if kind == "cat":
             given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
             return self._cat(list(given["tensors"]), int(given["dim"]))
+        if kind in _MOVED:
+            given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
+            return _MOVED[kind](self, given)
         return self._function(node, kind)
 
     def _arguments(self, arguments: Any) -> Any:
@@ -147,9 +179,8 @@ class _Planner:
     def _constant(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        view = View(self._buffer("constant", extent(value)), value.detach().to("meta"))
-        if view.meta.stride() != value.stride():
-            view = view.other(meta_tensor(value.shape, value.dtype, value.stride()))
+        meta = meta_tensor(value.shape, value.dtype, value.stride())
+        view = View(self._buffer("constant", extent(meta)), meta)
         self.plan.constants[view.buffer.index] = value.detach()
         return view
 
@@ -157,6 +188,7 @@ class _Planner:
         self.plan.output = self._arguments(node.args[0])
         for leaf in tree_leaves(self.plan.output):
             if isinstance(leaf, View):
+                self.plan.views.append(leaf)
                 leaf.buffer.touch(len(self.plan.items))
                 if leaf.buffer.place == "arena":
                     leaf.buffer.place = "output"
@@ -206,6 +238,7 @@ class _Planner:
         step.op = step.number
         for view in views:
             view.buffer.touch(len(self.plan.items))
+        self.plan.views += views
         self._add(step)
 
     def _kept(self, tensor: torch.Tensor) -> Any:
@@ -303,6 +336,47 @@ class _Planner:
             count = view.meta.shape[dim]
             self._copy(view, result.other(result.meta.narrow(dim, start, count)))
             start += count
+        return result
+
+    def _pad(self, given: dict[str, Any]) -> View:
+        x, amounts, value = given["input"], list(given["pad"]), given["value"] or 0
+        if not isinstance(x, View) or given["mode"] != "constant" or min(amounts, default=0) < 0:
+            raise Unplanned
+        if not any(amounts):
+            return x
+        if x.meta.dtype != torch.uint8 and value:
+            raise Unplanned
+        shape = list(x.meta.shape)
+        starts = [0] * len(shape)
+        for index in range(len(amounts) // 2):
+            before, behind = amounts[2 * index : 2 * index + 2]
+            shape[-1 - index] += before + behind
+            starts[-1 - index] = before
+        result = self._new(shape, x.meta.dtype, images=_side_by_side(x.meta))
+        self._emit(steps.Fill(result=_place(result), bytes=result.buffer.bytes, value=int(value)), result)
+        inside = result.meta
+        for dim, start in enumerate(starts):
+            inside = inside.narrow(dim, start, x.meta.shape[dim])
+        self._copy(x, result.other(inside))
+        return result
+
+    def _roll(self, given: dict[str, Any]) -> View:
+        x, shifts, dims = given["input"], given["shifts"], given["dims"]
+        if not isinstance(x, View) or dims is None or x.meta.numel() == 0:
+            raise Unplanned
+        shifts, dims = ([one] if isinstance(one, int) else list(one) for one in (shifts, dims))
+        result = self._new(x.meta.shape, x.meta.dtype, images=_side_by_side(x.meta))
+        pieces = [(x.meta, result.meta)]
+        for shift, dim in zip(shifts, dims, strict=True):
+            size = x.meta.shape[dim]
+            cut = size - shift % size  # what lies before it moves to the end
+            pieces = [
+                (source.narrow(dim, start, count), target.narrow(dim, to, count))
+                for source, target in pieces
+                for start, count, to in ((0, cut, size - cut), (cut, size - cut, 0)) if count
+            ]  # fmt: skip
+        for source, target in pieces:
+            self._copy(x.other(source), result.other(target))
         return result
 
     def _image(self, view: View, room: int = 0) -> View:
@@ -600,13 +674,26 @@ class _Planner:
         scale, shift = self.packed[module]
         rows = self._rows(x)
         result = self._new(x.meta.shape, torch.float32)
-        step = steps.Normalization(
-            source=_rows_place(rows), result=steps.Place(result.buffer.index, 0, 4 * size, 0),
-            rows=rows.meta.shape[0], channels=size, scale=self._kept(scale), shift=self._kept(shift),
-            epsilon=module.eps, kind=steps.FLOAT, inverse=1.0, high=255,
-        )  # fmt: skip
-        self._emit(step, rows, result)
+        step = steps.Normalization(scale=self._kept(scale), shift=self._kept(shift), epsilon=module.eps)
+        self._normalized(step, rows, result)
         return result
+
+    def _softmax(self, given: dict[str, Any]) -> View:
+        x = given["input"]
+        if not isinstance(x, View) or x.meta.dtype != torch.float32 or x.meta.numel() == 0 or given.get("dtype"):
+            raise Unplanned
+        if given["dim"] is None or given["dim"] % x.meta.ndim != x.meta.ndim - 1:
+            raise Unplanned
+        result = self._new(x.meta.shape, torch.float32)
+        self._normalized(steps.Normalization(softmax=1), self._rows(x), result)
+        return result
+
+    def _normalized(self, step: steps.Normalization, rows: View, result: View) -> None:
+        step.rows, step.channels = rows.meta.shape
+        step.source = _rows_place(rows)
+        step.result = steps.Place(result.buffer.index, 0, 4 * step.channels, 0)
+        step.kind, step.inverse, step.high = steps.FLOAT, 1.0, 255
+        self._emit(step, rows, result)
 
     def _enter(self, x: View, result: View, grid: Grid) -> None:
         n, c, h, w = x.meta.shape
@@ -714,6 +801,7 @@ class _Planner:
         if grid is not None:
             step.inverse, step.zero, step.high = inverse(grid.scale), grid.zero_point, grid.quant_max
             step.low = grid.quant_min if low is None else low
+        program = [self._walkable(one, order, result.meta.shape) for one in program]
         views = [result]
         for index, (code, *rest) in enumerate(program):
             operation = step.operation[index]
@@ -729,6 +817,24 @@ class _Planner:
                 if code == steps.ACTIVATE:
                     operation.argument0, operation.argument1 = rest[2], rest[3]
         self._emit(step, *views)
+
+    def _walkable(self, operation: tuple[Any, ...], order: list[int], shape: torch.Size) -> tuple[Any, ...]:
+        """The same operation, on a copy of its operand if that cannot be read in constant steps."""
+        code, value, *rest = operation
+        if code != steps.LOAD or not isinstance(value, View):
+            return operation
+        try:
+            _walk(value, order, shape)
+        except Unplanned:
+            strides = [0] * len(shape)
+            step = 1
+            for i in reversed(order):
+                strides[i], step = step, step * shape[i]
+            meta = meta_tensor(shape, value.meta.dtype, strides)
+            copy = View(self._buffer("arena", step * meta.element_size()), meta)
+            self._copy(value.other(value.meta.expand(shape)), copy)
+            return code, copy, *rest
+        return operation
 
     def _operand(self, value: Any, grid: Grid | None, order: list[int], shape: torch.Size) -> steps.Operand:
         if not isinstance(value, View):
@@ -870,6 +976,12 @@ def _elementwise(kind: str, given: dict[str, Any]) -> tuple[int, float, float]:
 def _pair(value: Any) -> list[int]:
     return [int(value)] * 2 if isinstance(value, int) else [int(one) for one in (list(value) * 2)[:2]]
 
+
+_MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
+    "pad": _Planner._pad,
+    "roll": _Planner._roll,
+    "softmax": _Planner._softmax,
+}
 
 _MODULES: dict[type[nn.Module], Callable[..., View]] = {
     Int8Conv: _Planner._conv,

@@ -142,13 +142,13 @@ class Pointwise(Step):
 
 
 class Normalization(Step):
-    """Rows with mean 0 and variance 1, times a scale, plus a shift."""
+    """Rows with mean 0 and variance 1, times a scale, plus a shift; or the softmax of rows."""
 
     number = 8
     _fields_ = (
         ("op", _number), ("source", Place), ("result", Place), ("rows", _number), ("channels", _number),
-        ("scale", _pointer), ("shift", _pointer), ("epsilon", _real), ("kind", _number), ("inverse", _real),
-        ("zero", _number), ("low", _number), ("high", _number),
+        ("softmax", _number), ("scale", _pointer), ("shift", _pointer), ("epsilon", _real), ("kind", _number),
+        ("inverse", _real), ("zero", _number), ("low", _number), ("high", _number),
     )  # fmt: skip
 
 
