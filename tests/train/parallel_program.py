@@ -64,6 +64,10 @@ def decisions() -> dict[str, Any]:
         observers: list[Any] = list(fxc.compile(model(True), passes, x).get_submodule("observers").children())
         proposed = [one.calculate_qparams() for one in observers if not isinstance(one, ChannelMean)]
         found["scales"][name] = [[scale.tolist(), zero_point.tolist()] for scale, zero_point in proposed]
+    train = P.Train(pairs, epochs=2, optimiser="sgd")
+    for learned in (True, False):
+        quantised = fxc.compile(model(True), [P.QAT(train, learn_steps=learned)], x, calibration=pairs)
+        found[f"qat {learned}"] = [digest_of(tensor) for tensor in quantised.state_dict().values()]
     return found
 
 

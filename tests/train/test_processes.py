@@ -76,7 +76,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_all_processes_have_the_same_bits(two: list[dict[str, Any]]) -> None:
     first, second = two
-    for figure in ("channels", "scales", "plain", "norm"):
+    for figure in ("channels", "scales", "plain", "norm", "qat True", "qat False"):
         assert first[figure] == second[figure], figure
 
 

@@ -102,6 +102,30 @@ def test_every_kind_of_state_is_kept(tmp_path: Path, options: dict[str, Any], at
         assert metrics(whole)[figure] == metrics(parts)[figure]
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("at", [4, 14])
+def test_quantisers_go_on_where_they_were(tmp_path: Path, learned: bool, at: int) -> None:
+    """Their grids, their frozen batch norms and what they have seen are state as well."""
+
+    def trained(stop: int = 0, **options: Any) -> fxc.CompactModule:
+        calls = 0
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise Stop
+            return nn.functional.cross_entropy(output, target)
+
+        train = P.Train(BATCHES, epochs=3, loss_function=loss, **options)
+        return fxc.compile(full_net(), [P.QAT(train, learn_steps=learned)], X[:4], calibration=[X])
+
+    kept: dict[str, Any] = {"checkpoint": str(tmp_path), "checkpoint_every": 2}
+    with pytest.raises(fxc.errors.PassError, match="Stop"):
+        trained(at, **kept)
+    assert same(trained(**kept), trained())
+
+
 class Shuffling:
     """Batches whose order comes from a generator of their own."""
 
