@@ -32,6 +32,7 @@ def compile(
     executor: str = "auto",
     calibration: Any = None,
     train_data: Any = None,
+    validation: Any = None,
     dump: Callable[[str, fx.GraphModule], None] | None = None,
     progress: bool | None = None,
 ) -> CompactModule:
@@ -46,6 +47,7 @@ def compile(
         executor: how a lowered graph runs: "auto", by our own kernels where there are some; "graph", node by node.
         calibration: batches of inputs for passes that quantise (where the pass has none of its own).
         train_data: batches of (input, target) for passes that train (where the pass has none of its own).
+        validation: batches of (input, target) on which passes that train look after every epoch how good the model is.
         dump: called as dump(pass name, graph module) after every pass.
         progress: whether to draw a progress bar on standard error; None: if it is a terminal.
 
@@ -66,7 +68,7 @@ def compile(
     if verify and not isinstance(model, fx.GraphModule):
         compare.require_same_outputs(model, captured, inputs)
     with progress_bar(progress) as manager.progress:
-        data = {"calibration": calibration, "train_data": train_data}
+        data = {"calibration": calibration, "train_data": train_data, "validation": validation}
         context = PassContext(inputs, data, target, captured, model=model)
         result = manager.run(captured, inputs, context)
     notes = graph_info(result.graph_module).notes

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxcompress
+from fxcompress import processes
 from fxcompress.errors import FxCompressError, InputError, OptionError
 from fxcompress.pipeline.base import Pass
 
@@ -89,6 +90,10 @@ def compress(
     train_data: Annotated[
         str | None, typer.Option(help="file.py:function that returns batches of (input, target).")
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(help="file.py:function that returns batches of (input, target) to measure training by."),
+    ] = None,
     weights: Weights = None,
     classes: Classes = None,
     target: Annotated[str, typer.Option(help="What the result shall run on: cpu or cuda.")] = "cpu",
@@ -114,8 +119,11 @@ def compress(
         verify=verify,
         calibration=None if calibration is None else find_calibration(calibration, source.example_inputs),
         train_data=None if train_data is None else call_function(train_data),
+        validation=None if validation is None else call_function(validation),
     )
     compact.save(out)
+    if not processes.is_main():
+        return
     assert compact.report is not None
     print(compact.report.table(layers="text" in (report or ())))
     for destination in report or ():
@@ -133,7 +141,8 @@ def _require_data(text: str, calibration: str | None, train_data: str | None) ->
             "these passes need calibration data: give --calibration file.py:function, whose function returns batches "
             "of real inputs, or --calibration random for a trial whose accuracy means nothing"
         )
-    if "train" in names and train_data is None:
+    untrained = names & {"train", "distill"} - ({"distill"} if calibration else set())
+    if untrained and train_data is None:
         raise InputError("these passes need training data: give --train-data file.py:function, whose function returns "
                          "batches of (input, target)")  # fmt: skip
 

@@ -54,6 +54,14 @@ class ArtifactError(FxCompressError):
     """A saved module cannot be written, or a file cannot be read: truncated, altered, too new or not an artefact."""
 
 
+class CheckpointError(FxCompressError):
+    """A checkpoint cannot be written or read, or it is of another run. The message names what differs."""
+
+
+class ProcessError(FxCompressError):
+    """The processes of a run do not do the same, or one of them has ended."""
+
+
 class MissingExtraError(FxCompressError, ImportError):
     """An optional dependency is not installed. The message names the extra that brings it."""
 

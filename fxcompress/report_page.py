@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxcompress import processes
 from fxcompress.errors import MissingExtraError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ tr:last-child td { border-bottom: 0; } code { font-size: 12px; overflow-wrap: an
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Write the report as an HTML page and return its path.
+    """Write the report as an HTML page and return its path. Of several processes only the first one writes.
 
     `report.measurements` may hold "rows": a list of dicts with "name" and any of "accuracy" (0 to 1), "parameters",
     "macs", "file_bytes" and "milliseconds" (batch size -> ms), and "layers": layer -> [ms before, ms after]. They are
@@ -53,6 +54,8 @@ def write_page(report: Report, path: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         UnsupportedError: the file cannot be written.
     """
+    if not processes.is_main():
+        return path
     text = page(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +197,8 @@ def _plots(report: Report) -> str:
         ("", _latencies(rows), (5.2, 3.6)),
         ("", _costs_by_pass(report), (5.2, 3.6)),
         ("", _losses(report), (5.2, 3.6)),
+        ("", _validations(report), (5.2, 3.6)),
+        ("", _learning_rates(report), (5.2, 3.6)),
         ("wide", _layer_times(report.measurements.get("layers") or {}), (10.6, 3.8)),
     ]
     figures = [f'<figure class="{kind}">{_svg(draw, size)}</figure>' for kind, draw, size in drawings if draw]
@@ -289,18 +294,46 @@ def _costs_by_pass(report: Report) -> Draw | None:
 
 
 def _losses(report: Report) -> Draw | None:
-    curves = [(line.name, line.metrics["loss"]) for line in report.passes if len(line.metrics.get("loss") or ()) > 1]
+    return _curves(_by_epoch(report, "loss"), "mean loss", "Training inside the pipeline", from_zero=True)
+
+
+def _validations(report: Report) -> Draw | None:
+    names = {str(line.metrics["metric"]) for line in report.passes if "metric" in line.metrics}
+    return _curves(_by_epoch(report, "validation"), ", ".join(sorted(names)), "Evaluation during training")
+
+
+def _learning_rates(report: Report) -> Draw | None:
+    curves = [(name, rates) for name, rates in _by_epoch(report, "learning_rate") if len(set(rates)) > 1]
+    return _curves(curves, "learning rate", "Schedule of the learning rate", from_zero=True)
+
+
+def _by_epoch(report: Report, figure: str) -> list[tuple[str, Sequence[float]]]:
+    """Return the passes that have a figure of more than one epoch, and these figures."""
+    found = [(line.name, line.metrics.get(figure)) for line in report.passes]
+    return [
+        (_shortened(name), values) for name, values in found if isinstance(values, (list, tuple)) and len(values) > 1
+    ]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 48 else f"{name[:45]}..."
+
+
+def _curves(
+    curves: Sequence[tuple[str, Sequence[float]]], figure: str, title: str, from_zero: bool = False
+) -> Draw | None:
     if not curves:
         return None
 
     def draw(axes: Axes) -> None:
-        for index, (name, losses) in enumerate(curves):
-            axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=3.5, label=name,
+        for index, (name, values) in enumerate(curves):
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3.5, label=name,
                       color=_SERIES[(index + 2) % len(_SERIES)])  # fmt: skip
         axes.grid(visible=True, axis="y")
-        axes.set_ylim(bottom=0)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)
-        axes.set(xlabel="epoch", ylabel="mean loss", title="Training inside the pipeline")
+        axes.set(xlabel="epoch", ylabel=figure, title=title)
 
     return draw
 

@@ -9,6 +9,7 @@ if __name__ != "fxcompress.passes":
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.canonicalize import Canonicalize
 from fxcompress.passes.convert_observed import ConvertObserved
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.eliminate_common import EliminateCommon
 from fxcompress.passes.eliminate_dead import EliminateDead
 from fxcompress.passes.eliminate_identities import EliminateIdentities
@@ -33,6 +34,7 @@ __all__ = [
     "Calibrate",
     "Canonicalize",
     "ConvertObserved",
+    "Distill",
     "EliminateCommon",
     "EliminateDead",
     "EliminateIdentities",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.errors import InputError
 from fxcompress.graph.batches import read_batches
 from fxcompress.graph.inputs import ExampleInputs
@@ -16,6 +17,8 @@ from fxcompress.graph.metadata import Stage
 from fxcompress.graph.shapes import evaluation
 from fxcompress.passes.insert_observers import observers_of
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field, parameters_equal
+from fxcompress.quant.merging import can_merge, merge_over_processes
+from fxcompress.train.data import is_shared
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,10 @@ class Calibrate(Pass):
     """Run data through a graph with observers, in evaluation mode and without gradients.
 
     The observers forget what they have seen before, so the statistics are those of this data alone, and a second run
-    on the same data changes nothing. Fake-quantisers that training has started with keep what they have.
+    on the same data changes nothing. Of several processes each runs a part of the batches, and all get the statistics
+    of the whole; or each runs all of them, where statistics depend on the order ("moving-average") or come from
+    observers from elsewhere.
+    Fake-quantisers that training has started with keep what they have.
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`, or else the
@@ -53,19 +59,23 @@ class Calibrate(Pass):
         before = {path: _statistics(observer) for path, observer in observers.items()}
         total = len(data) if isinstance(data, Sized) and not isinstance(data, (torch.Tensor, tuple, Mapping)) else None
         count = 0
+        shared = is_shared(data) and can_merge(observers)
         try:
             for observer in observers.values():
                 observer.reset()
                 observer.recording = True
             with evaluation(graph_module), torch.no_grad():
                 for count, batch in enumerate(read_batches(data, context.example_inputs), start=1):
-                    _run(graph_module, batch, count)
+                    if not shared or (count - 1) % processes.count() == processes.rank():
+                        _run(graph_module, batch, count)
                     context.progress("calibrate", count, total)
                     if count == self.batches:
                         break
         finally:
             for observer in observers.values():
                 observer.recording = False
+        if shared:
+            merge_over_processes(observers)
         if count == 0:
             raise InputError("the calibration data is empty: it yields no batch")
         edits = sum(not parameters_equal(before[path], _statistics(observer)) for path, observer in observers.items())

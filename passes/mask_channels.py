@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.analysis import gradients, latency, layer_latency
 from fxcompress.analysis.budget import Budget, CostOfChoice, Latency, read_budget
 from fxcompress.analysis.channels import ChannelAnalysis, Floats, analyse
@@ -49,7 +50,8 @@ from fxcompress.pipeline.base import (
     check_fraction,
     data_field,
 )
-from fxcompress.train.loop import find_loss
+from fxcompress.train.data import is_shared
+from fxcompress.train.losses import find_loss
 
 SCOPES = ("global", "layer")
 
@@ -240,7 +242,15 @@ class MaskChannels(ChannelOptions):
             return _of_what_can_go(known.refused, everything, fixed, decide)
 
         if isinstance(self.budget, Latency):
-            return self._meet_latency(self.budget, known, plan_for)
+            budget, unchanged = self.budget, known.joint.split(plan_for(0.0))
+
+            def find() -> tuple[Any, ...]:
+                found = self._meet_latency(budget, known, plan_for)
+                return [(plan.dead, plan.reasons) for plan in found.plans], found.metrics, found.given_back
+
+            choices, *told = processes.from_main(find, "measuring latency")
+            plans = zip(unchanged, choices, strict=True)
+            return Decision(tuple(dataclasses.replace(plan, dead=d, reasons=r) for plan, (d, r) in plans), *told)
         plan = plan_for(self.ratio, self.budget if isinstance(self.budget, Budget) else None)
         return Decision(tuple(known.joint.split(plan)))
 
@@ -304,9 +314,10 @@ class MaskChannels(ChannelOptions):
         criterion, measured = self._criterion(), None
         if criterion in DATA_CRITERIA and analysis.free().any():
             measured = self._measure(str(criterion), graph_module, analysis, context)
-        return score(
+        scores = score(
             graph_module, analysis, criterion, aggregate=self.aggregate, seed=self.seed, measured=measured
         )  # fmt: skip
+        return processes.from_main(lambda: scores, "agreeing on importance")
 
     def _measure(
         self, criterion: str, graph_module: fx.GraphModule, analysis: ChannelAnalysis, context: PassContext
@@ -317,10 +328,11 @@ class MaskChannels(ChannelOptions):
         def progress(done: int) -> None:
             context.progress(f"importance by {criterion}", done, self.batches)
 
+        mine = processes.shared if is_shared(data) else iter
         if criterion == "activation":
-            inputs = itertools.islice(read_batches(data, whole.inputs), self.batches)
+            inputs = mine(itertools.islice(read_batches(data, whole.inputs), self.batches))
             return gradients.mean_activations(whole.graph_module, whole.path, graph_module, analysis, inputs, progress)
-        pairs = itertools.islice(read_pairs(data, whole.inputs), self.batches)
+        pairs = mine(itertools.islice(read_pairs(data, whole.inputs), self.batches))
         return gradients.squared_gradients(
             whole.graph_module, whole.path, pairs, find_loss(self.loss_function or self.loss),
             by_sample=criterion == "hessian", progress=progress,

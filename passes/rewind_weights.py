@@ -10,7 +10,7 @@ from torch import fx
 
 from fxcompress.errors import PassError
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult
-from fxcompress.train.loop import hold_masks
+from fxcompress.train.masks import hold_masks
 
 #: Where the context keeps the values.
 _KEY = "remembered weights"

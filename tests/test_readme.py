@@ -53,6 +53,7 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "x": torch.randn(2, 1, 8, 8),
         "batches": batches,
         "train_loader": [(batch, torch.randint(10, (8,))) for batch in batches],
+        "test_loader": [(batch, torch.randint(10, (8,))) for batch in batches],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
+from fxcompress import processes
 from fxcompress.analysis.channels import Axis, ChannelAnalysis, ParameterAxis
 from fxcompress.errors import InputError
 from fxcompress.graph import edit, ops
@@ -78,15 +79,28 @@ def squared_gradients(
                 _add_squares(total, parameters, number)
                 units += 1
             progress(number)
+    units = _total(total, parameters, units)
     if not units:
         raise InputError("the data holds no batch; an iterator can be used once only")
     return {name: tensor / units for name, tensor in total.items()}
 
 
+def _total(sums: Measured, parameters: dict[str, nn.Parameter], units: int) -> int:
+    """Add up the sums of all processes in place, and return how much they are of."""
+    if processes.count() == 1:
+        return units
+    known = sorted(set().union(*processes.gather(set(sums), "adding up importance")))
+    for name in known:
+        if name not in sums:
+            sums[name] = torch.zeros_like(parameters[name], dtype=torch.float64)
+    processes.add_up([sums[name] for name in known], "adding up importance")
+    return sum(processes.gather(units, "adding up importance"))
+
+
 def _differentiate(whole: fx.GraphModule, inputs: ExampleInputs, target: Any, loss: Loss, number: int) -> None:
     try:
         value = loss(inputs.call(whole), target)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, InputError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"the loss of batch {number} cannot be computed: {type(error).__name__}: {reason}") from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
@@ -169,8 +183,9 @@ def mean_activations(
                 reason = str(error).strip().split("\n")[0]
                 raise InputError(f"batch {count} ({inputs.describe()}) does not fit the model: {reason}") from error
             progress(count)
-    if not count:
+    if not sum(processes.gather(count, "adding up importance")):
         raise InputError("the data holds no batch; an iterator can be used once only")
+    _add_up_probes([probe for placed in probes.values() for probe in placed])
     found: Measured = {}
     for weight, placed in probes.items():
         seen = [probe for probe in placed if probe.samples]
@@ -200,6 +215,17 @@ class _Probe(nn.Module):
     def mean(self) -> torch.Tensor:
         """Return the mean over all that was seen, shape (channels,)."""
         return self.total / self.samples
+
+
+def _add_up_probes(probes: list[_Probe]) -> None:
+    """Give every process what the probes of all have seen."""
+    seen = processes.gather([(probe.total.cpu(), probe.samples) for probe in probes], "adding up importance")
+    for index, probe in enumerate(probes):
+        parts = [found[index] for found in seen if found[index][1]]
+        if parts:
+            device = probe.total.device
+            probe.total = torch.stack([total for total, _ in parts]).sum(0).to(device)
+            probe.samples = sum(samples for _, samples in parts)
 
 
 def _place_probes(

@@ -31,7 +31,7 @@ from fxcompress.graph.regions import regions
 from fxcompress.graph.shapes import evaluation
 from fxcompress.pipeline.manager import PassManager
 from fxcompress.pipeline.progress import progress_bar
-from fxcompress.train.loop import Loss, find_loss
+from fxcompress.train.losses import Loss, find_loss
 
 #: The ratios at which a family is masked.
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

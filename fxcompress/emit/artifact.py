@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 
 import fxcompress
+from fxcompress import processes
 from fxcompress.emit import nibbles
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.encoding import GraphReader, check_name, check_path, decode, encode, encode_graph
@@ -58,6 +59,8 @@ def save(
     modules: Mapping[str, type[nn.Module]] | None = None,
 ) -> int:
     """Write a graph module to one file and return its size in bytes. See `CompactModule.save`."""
+    if not processes.is_main():
+        return 0
     _refuse_regions(module)
     vocabulary = Vocabulary.of(functions, modules)
     tensors: dict[str, torch.Tensor] = {}

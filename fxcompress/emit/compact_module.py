@@ -124,7 +124,7 @@ class CompactModule(fx.GraphModule):
     ) -> None:
         """Write the module to one file that `fxcompress.load` reads without the model's class.
 
-        The file is replaced as a whole or not at all.
+        The file is replaced as a whole or not at all. Of several processes only the first one writes.
 
         Args:
             path: the file, usually named `*.fxc`.
@@ -137,7 +137,7 @@ class CompactModule(fx.GraphModule):
         from fxcompress.emit.artifact import save
 
         size = save(self, path, functions=functions, modules=modules)
-        if self.report is not None:
+        if self.report is not None and size:
             self.report = replace(self.report, file_bytes=size)
 
     def export_onnx(self, path: str | Path, example_inputs: object = None) -> None:

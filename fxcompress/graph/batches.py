@@ -15,7 +15,9 @@ from fxcompress.graph.inputs import ExampleInputs
 _LARGEST_BATCH = 32
 
 
-def read_batches(data: object, example: ExampleInputs, what: str = "calibration") -> Iterator[ExampleInputs]:
+def read_batches(
+    data: object, example: ExampleInputs, what: str = "calibration", first: int = 1
+) -> Iterator[ExampleInputs]:
     """Yield the inputs of each batch of data without targets.
 
     Args:
@@ -24,12 +26,13 @@ def read_batches(data: object, example: ExampleInputs, what: str = "calibration"
             which is left out, or a dict of keyword inputs.
         example: inputs that fit the model.
         what: the data in one word, for messages.
+        first: number of the first batch, for messages.
 
     Raises:
         InputError: the data is in none of these forms, or a batch is empty, does not fit the example or holds NaN or
             infinity; the message has the number of the batch.
     """
-    for number, batch in enumerate(_batches(data, example, what), start=1):
+    for number, batch in enumerate(_batches(data, example, what), start=first):
         inputs = _inputs_of(batch, example, number, what)
         _check(inputs, example, number, what)
         yield inputs.map(lambda tensor: tensor.to(example.tensors()[0].device))
@@ -102,7 +105,9 @@ def _check(inputs: ExampleInputs, example: ExampleInputs, number: int, what: str
             raise InputError(f"{what} batch {number} holds NaN or infinity")
 
 
-def read_pairs(data: object, example: ExampleInputs, what: str = "training") -> Iterator[tuple[ExampleInputs, Any]]:
+def read_pairs(
+    data: object, example: ExampleInputs, what: str = "training", first: int = 1
+) -> Iterator[tuple[ExampleInputs, Any]]:
     """Yield the inputs and the target of each batch.
 
     Args:
@@ -110,13 +115,14 @@ def read_pairs(data: object, example: ExampleInputs, what: str = "training") -> 
             inputs or a dict of keyword inputs.
         example: inputs that fit the model.
         what: the data in one word, for messages.
+        first: number of the first batch, for messages.
 
     Raises:
         InputError: a batch is no such pair, or its inputs do not fit the example.
     """
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, torch.Tensor, Mapping)):
         raise InputError(f"{what} data must be an iterable of (input, target), not {type(data).__name__}")
-    for number, batch in enumerate(data, start=1):
+    for number, batch in enumerate(data, start=first):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise InputError(f"{what} batch {number} is a {type(batch).__name__}{size}, not a pair (input, target)")

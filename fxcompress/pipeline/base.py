@@ -86,6 +86,7 @@ class PassContext:
     progress: called as progress(description, done, total) during long work.
     model: the caller's model, which no pass changes, where it is known.
     whole: the model around the graph, where a pass runs on a region of it (see `around`).
+    runs: how often passes have asked for a name of their own, see `run_name`.
     """
 
     example_inputs: ExampleInputs
@@ -95,6 +96,15 @@ class PassContext:
     progress: Callable[[str, int, int | None], None] = lambda description, done, total: None
     model: nn.Module | None = None
     whole: Whole | None = None
+    runs: dict[str, int] = field(default_factory=dict)
+
+    def run_name(self, pass_name: str) -> str:
+        """Return a name for one run of a pass, "train-1", "train-2": the same for the same run of the same pipeline.
+
+        Passes that keep files ask for it, once in every run; it counts on through groups of passes and repetitions.
+        """
+        self.runs[pass_name] = self.runs.get(pass_name, 0) + 1
+        return f"{pass_name}-{self.runs[pass_name]}"
 
     def around(self, graph_module: fx.GraphModule) -> Whole:
         """Return the whole model that a graph is a piece of: the graph itself, unless it is a region."""

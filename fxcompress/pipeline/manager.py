@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from fxcompress import processes
 from fxcompress.analysis.cost import Cost, cost, own_cost
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
 from fxcompress.graph import compare, opaque, verify
@@ -22,6 +24,7 @@ from fxcompress.pipeline import registry
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
 from fxcompress.pipeline.pieces import run_in_pieces
 from fxcompress.pipeline.presets import read_passes
+from fxcompress.train.checkpoint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class PassManager:
         context = context or PassContext(inputs)
         if self.progress is not None:
             context.progress = self.progress
+        if context.reference is None and graph_info(graph_module).stage is Stage.FLOAT:
+            context.reference = graph_module  # the passes work on a copy
         current = copy.deepcopy(graph_module)
+        _require_same_model(current, passes)
         titles = [_title(index, passes) for index in range(len(passes))]
         if regions(current):
             result, rows = run_in_pieces(current, inputs, context, passes, titles, self.run_graph)
@@ -168,6 +174,14 @@ class PassManager:
         if graph_info(graph_module).canonical or any(item.name == "canonicalize" for item in self.passes):
             return self.passes
         return [registry.find("canonicalize")(), *self.passes]
+
+
+def _require_same_model(graph_module: fx.GraphModule, passes: list[Pass]) -> None:
+    """Where several processes compile, see that they compile the same."""
+    if processes.count() > 1:
+        run = fingerprint(graph_module, ", ".join(map(str, passes)), None)
+        for name, what in (("pass", "pipeline"), ("graph", "graph of the model"), ("tensors", "weights")):
+            processes.require_same(hashlib.sha256(repr(run[name]).encode()).hexdigest(), what)
 
 
 def _flatten(item: Pass) -> list[Pass]:

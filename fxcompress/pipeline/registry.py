@@ -29,6 +29,7 @@ BUILT_IN: dict[str, str] = {
     "quantize": "quantize:Quantize",
     "qat": "qat:QAT",
     "train": "train:Train",
+    "distill": "distill:Distill",
     "iterate": "iterate:Iterate",
     "remember-weights": "rewind_weights:RememberWeights",
     "rewind-weights": "rewind_weights:RewindWeights",

@@ -26,6 +26,7 @@ class Observer(nn.Module):
         spec: the format that the proposed scale and zero point are for.
     """
 
+    merges: ClassVar[bool] = False  #: whether two observers of the class can be merged, exactly and in any order
     count: torch.Tensor
 
     def __init__(self, spec: QuantSpec = ACTIVATION) -> None:
@@ -43,6 +44,10 @@ class Observer(nn.Module):
 
     def record(self, x: torch.Tensor) -> None:
         """Add a tensor of any shape, without gradients, to the statistics."""
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> None:
+        """Add what another observer of this class has recorded, as if this one had seen it, where `merges` is True."""
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -76,6 +81,7 @@ class Observer(nn.Module):
 class MinMax(Observer):
     """Covers everything it has seen."""
 
+    merges: ClassVar[bool] = True
     minimum: torch.Tensor
     maximum: torch.Tensor
 
@@ -89,6 +95,12 @@ class MinMax(Observer):
         low, high = torch.aminmax(x.float())
         self.minimum.copy_(torch.minimum(self.minimum, low))
         self.maximum.copy_(torch.maximum(self.maximum, high))
+
+    def merge(self, other: MinMax) -> None:
+        """Widen the range to hold what another observer has seen."""
+        self.minimum.copy_(torch.minimum(self.minimum, other.minimum))
+        self.maximum.copy_(torch.maximum(self.maximum, other.maximum))
+        self.count += other.count
 
     def reset(self) -> None:
         """Forget everything recorded."""
@@ -108,6 +120,8 @@ class MovingAverageMinMax(MinMax):
         spec: the format.
         momentum: the weight of the newest batch, between 0 and 1.
     """
+
+    merges: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec = ACTIVATION, momentum: float = 0.01) -> None:
         if not 0 < momentum <= 1:
@@ -129,6 +143,7 @@ class MovingAverageMinMax(MinMax):
 class PerChannelMinMax(Observer):
     """Covers everything seen, for each index of one axis separately. The default of weights."""
 
+    merges: ClassVar[bool] = True
     minimum: torch.Tensor
     maximum: torch.Tensor
 
@@ -146,6 +161,15 @@ class PerChannelMinMax(Observer):
         if self.minimum.numel():
             low, high = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         self.minimum, self.maximum = low, high
+
+    def merge(self, other: PerChannelMinMax) -> None:
+        """Widen the range of each channel to hold what another observer has seen."""
+        if self.minimum.numel() and other.minimum.numel():
+            self.minimum = torch.minimum(self.minimum, other.minimum)
+            self.maximum = torch.maximum(self.maximum, other.maximum)
+        elif other.minimum.numel():
+            self.minimum, self.maximum = other.minimum.clone(), other.maximum.clone()
+        self.count += other.count
 
     def reset(self) -> None:
         """Forget everything recorded."""
@@ -211,6 +235,7 @@ class Histogram(Observer):
     error minimisation); the search is this project's own.
     """
 
+    merges: ClassVar[bool] = True
     BINS: ClassVar[int] = 4096
     counts: torch.Tensor
     exponent: torch.Tensor
@@ -369,6 +394,7 @@ class ChannelMean(nn.Module):
         axis: where they lie, counted from the end: -3 for a convolution of images, -1 for a linear layer.
     """
 
+    merges: ClassVar[bool] = True
     total: torch.Tensor
     count: torch.Tensor
 
@@ -392,6 +418,11 @@ class ChannelMean(nn.Module):
         self.total.zero_()
         self.count.zero_()
 
+    def merge(self, other: ChannelMean) -> None:
+        """Add what another one has recorded."""
+        self.total += other.total
+        self.count += other.count
+
     def mean(self) -> torch.Tensor | None:
         """Return the mean of each channel (float64), or None if nothing has been recorded."""
         return self.total / self.count if self.count else None
@@ -412,6 +443,7 @@ class ExternalObserver(nn.Module):
         OptionError: the protocol or the attributes are not there.
     """
 
+    merges: ClassVar[bool] = False
     count: torch.Tensor
 
     def __init__(self, observer: nn.Module) -> None:

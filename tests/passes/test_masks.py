@@ -11,7 +11,7 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.errors import BudgetError, OptionError
 from fxcompress.graph.metadata import graph_info
-from fxcompress.train.loop import hold_masks
+from fxcompress.train.masks import hold_masks
 
 X = torch.randn(1, 3, 32, 32)
 

@@ -25,7 +25,8 @@ from fxcompress.quant.arithmetic import signal_to_noise
 from fxcompress.quant.fake_quantize import FakeQuantize, LearnedQuantize
 from fxcompress.quant.normed_layers import NormedLayer
 from fxcompress.testing import assert_graph
-from fxcompress.train.loop import hold_masks, training
+from fxcompress.train.masks import hold_masks
+from fxcompress.train.modes import training
 from tests.strategies import Program, programs, randomise_statistics
 
 X = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))

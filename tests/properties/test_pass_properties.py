@@ -41,7 +41,7 @@ LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "quantize
 #: Needs another pass before it; `tests/passes/test_iterate.py` holds it to the promises.
 LEANS_ON_ANOTHER = {"rewind-weights"}
 #: A second run of these does something by design: it prunes what is left, or trains on.
-REPEATABLE_BY_DESIGN = {"prune-channels", "train", "iterate"}
+REPEATABLE_BY_DESIGN = {"prune-channels", "train", "distill", "iterate"}
 
 
 def _largest(model: Program) -> float:
