@@ -514,7 +514,8 @@ class _Planner:
         pixel = x.meta.stride(-2) if x.meta.ndim > 1 else module.in_features
         step = steps.Convolution(
             source=_place(x), result=_rows_place(result), images=1, height=1, width=count,
-            channels=module.out_features, groups=1, group_out=module.out_features, rows_of_window=1, columns_of_window=1,
+            channels=module.out_features, groups=1, group_out=module.out_features,
+            rows_of_window=1, columns_of_window=1,
             run=packing.rounded_up(module.in_features, packing.DEPTH),
             rows=self._kept(torch.zeros(1, dtype=torch.int64)),
             columns=self._kept(torch.arange(count) * pixel),
