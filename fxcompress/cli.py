@@ -1,4 +1,4 @@
-"""The command line: `fxcompress demo`, `compress`, `inspect`, `bench`, `passes`."""
+"""The command line: `fxcompress demo`, `recipes`, `compress`, `inspect`, `bench`, `passes`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,41 @@ def demo(
     from fxcompress.demo import run
 
     run(out, epochs=epochs, finetune=finetune, ratio=ratio, seed=seed)
+
+
+@app.command()
+def recipes(
+    names: Annotated[list[str] | None, typer.Argument(help="Recipes to run, or 'all'; none: list them.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipes, as text and in Python; run nothing.")
+    ] = False,
+    network: Annotated[str, typer.Option(help="The network to compress: baby-cnn or resnet-20.")] = "baby-cnn",
+    data: Annotated[
+        str,
+        typer.Option(help="mnist, fashion-mnist (Debian's package dataset-fashion-mnist), or a folder of such files."),
+    ] = "mnist",
+    seed: Annotated[int, typer.Option(help="For weights, data order and what passes draw.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of every training, instead of its own; a trial.")] = None,
+    samples: Annotated[int | None, typer.Option(min=64, help="Images to train on, at most; a trial.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what recipes make: artefacts, figures, a plot.")] = Path(
+        "fxcompress-recipes"
+    ),
+) -> None:
+    """List workflows of compression, show them, or try them on a small network and real images."""
+    from fxcompress.recipes import launch
+    from fxcompress.recipes.catalogue import RECIPES, as_python, find_recipe, pipeline_lines
+
+    chosen = list(RECIPES.values()) if names == ["all"] else [find_recipe(name) for name in names or ()]
+    if show or not chosen:
+        for recipe in chosen or RECIPES.values():
+            print(f"{recipe.name}{launch.remark(recipe)}")
+            print(f"    {recipe.sentence}")
+            for line in pipeline_lines(recipe.passes):
+                print(f"    {line}")
+            if show:
+                print(f"\n{as_python(recipe)}\n")
+        return
+    launch.run(chosen, launch.Trial(network, data, seed, epochs, samples, out))
 
 
 @app.command()

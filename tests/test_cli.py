@@ -88,7 +88,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_help_and_version(run: Run) -> None:
     code, output, _ = run("--help")
     assert code == 0
-    assert all(word in output for word in ("demo", "compress", "inspect", "bench", "passes"))
+    assert all(word in output for word in ("demo", "recipes", "compress", "inspect", "bench", "passes"))
     assert run("--version")[1] == f"fxcompress {fxc.__version__}\n"
 
 

@@ -104,7 +104,7 @@ def test_every_command_exists_with_its_options() -> None:
         line for language, code in BLOCKS if language == "bash" for line in code.replace("\\\n", "").splitlines()
     ]
     called = [line.rpartition("fxcompress ")[2].split() for line in commands if "fxcompress " in line]
-    assert {words[0] for words in called} == {"demo", "compress", "inspect", "bench", "passes"}
+    assert {words[0] for words in called} == {"demo", "recipes", "compress", "inspect", "bench", "passes"}
     for words in called:
         shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}, color=False).output
         for word in words:
