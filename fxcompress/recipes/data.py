@@ -47,7 +47,7 @@ def load_data(text: str, seed: int = 0, samples: int | None = None) -> ImageData
     """
     if text == "mnist":
         training, test = load_digits(seed)
-        return ImageData("mnist", _first(training, samples), test, 64)
+        return ImageData(_named("mnist", samples), _first(training, samples), test, 64)
     folder = FASHION_MNIST if text == "fashion-mnist" else Path(text)
     if not folder.is_dir():
         hint = "install Debian's package dataset-fashion-mnist, or name a folder with the same files"
@@ -57,7 +57,12 @@ def load_data(text: str, seed: int = 0, samples: int | None = None) -> ImageData
     (train_images, train_labels), (test_images, test_labels) = _read_pair(folder, "train"), _read_pair(folder, "t10k")
     mean, deviation = train_images.mean(), train_images.std()
     training = Digits((train_images - mean) / deviation, train_labels)
-    return ImageData(folder.name, _first(training, samples), Digits((test_images - mean) / deviation, test_labels), 128)
+    test = Digits((test_images - mean) / deviation, test_labels)
+    return ImageData(_named(folder.name, samples), _first(training, samples), test, 128)
+
+
+def _named(name: str, samples: int | None) -> str:
+    return name if samples is None else f"{name} ({samples} images)"
 
 
 def _first(digits: Digits, samples: int | None) -> Digits:

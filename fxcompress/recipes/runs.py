@@ -19,6 +19,7 @@ from fxcompress.bench import median_seconds
 from fxcompress.demo import Shuffled, accuracy
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import FxCompressError, InputError
+from fxcompress.pipeline.text import print_pipeline
 from fxcompress.recipes.catalogue import Recipe, prepared
 from fxcompress.recipes.data import ImageData
 from fxcompress.recipes.networks import Network
@@ -37,6 +38,7 @@ class Row:
     accuracy: share of the test images named right. parameters, macs (per image), file_bytes (as saved): of the result.
     sparsity: share of the weights of layers that are zero. milliseconds: for one image, and float_milliseconds: of the
     network as it was trained, measured in turn with it. seconds: that the passes took. passes: the pipeline's text.
+    processes: how many took part.
     """
 
     recipe: str
@@ -52,11 +54,7 @@ class Row:
     float_milliseconds: float
     seconds: float
     passes: str
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What was measured."""
-        return self.network, self.data, self.recipe, self.seed
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,10 @@ class Study:
         """Return the training data, in the same orders for every recipe."""
         return Shuffled(self.data.training, self.data.batch, self.seed + 1)
 
+    def text(self, passes: str) -> str:
+        """Return pipeline text as it is run here, but for the seed."""
+        return print_pipeline(prepared(passes, epochs=self.epochs))
+
     def compress(self, recipe: Recipe) -> CompactModule:
         """Return what a recipe makes of the network, or of its student."""
         passes = prepared(
@@ -99,12 +101,12 @@ class Study:
         started = time.perf_counter()
         compact = self.compress(recipe)
         seconds = time.perf_counter() - started
-        return self.measure(recipe.name, recipe.passes, compact, seconds, out), compact
+        return self.measure(recipe.name, self.text(recipe.passes), compact, seconds, out), compact
 
     def float_row(self, out: Path | None = None) -> Row:
         """Measure the network as it was trained."""
         graph = fxcompress.compile(self.model, "canonicalize", self.example_inputs)
-        return self.measure(FLOAT, self.network.passes, graph, 0.0, out)
+        return self.measure(FLOAT, self.text(self.network.passes), graph, 0.0, out)
 
     def measure(self, name: str, passes: str, compact: CompactModule, seconds: float, out: Path | None) -> Row:
         """Return the figures of a compiled network."""
@@ -114,7 +116,7 @@ class Study:
             recipe=name, network=self.network.name, data=self.data.name, seed=self.seed,
             accuracy=accuracy(compact, self.data.test), parameters=found.parameters, sparsity=sparsity(compact),
             macs=found.macs, file_bytes=_saved(compact, name, out), milliseconds=own, float_milliseconds=of_float,
-            seconds=round(seconds, 1), passes=passes,
+            seconds=round(seconds, 1), passes=passes, processes=processes.count(),
         )  # fmt: skip
 
 
