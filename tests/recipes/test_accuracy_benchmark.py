@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import accuracy
+from fxcompress.recipes import runs
 from fxcompress.recipes.catalogue import RECIPES, Recipe
 from fxcompress.recipes.figures import Summary
 from fxcompress.recipes.networks import NETWORKS
@@ -18,33 +19,20 @@ from fxcompress.recipes.runs import Row, Study
 
 pytestmark = pytest.mark.xdist_group("recipes")
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
 
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    specification = importlib.util.spec_from_file_location("accuracy_benchmark", PATH)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "accuracy_benchmark", module)  # dataclasses look there for annotations
-        specification.loader.exec_module(module)
-        yield module
-
-
-def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, path: Path, *recipes: str) -> list[dict[str, Any]]:
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *recipes: str) -> list[dict[str, Any]]:
     """Run the benchmark on few digits; return the rows of its file."""
     options = ["--data", "mnist", "--epochs", "1", "--samples", "64", "--seeds", "0", "--networks", "baby-cnn"]
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *options, "--json", str(path), "--recipes", *recipes])
-    benchmark.main()
+    accuracy.main()
     rows: list[dict[str, Any]] = json.loads(path.read_text())["results"]["rows"]
     return rows
 
 
 def test_a_benchmark_goes_on_where_it_was(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(runs, "median_seconds", lambda call, seconds: 1.0)
     monkeypatch.setitem(NETWORKS, "baby-cnn", dataclasses.replace(NETWORKS["baby-cnn"], width=4, student=2))
     ran: list[str] = []
     compress = Study.compress
@@ -55,42 +43,42 @@ def test_a_benchmark_goes_on_where_it_was(
 
     monkeypatch.setattr(Study, "compress", counted)
     path = tmp_path / "accuracy.json"
-    first = run(benchmark, monkeypatch, path, "float", "ptq")
+    first = run(monkeypatch, path, "float", "ptq")
     assert [row["recipe"] for row in first] == ["float", "ptq"]
     assert path.with_suffix(".png").exists()
     assert "baby-cnn, mnist (64 images), seed 0, ptq:" in capsys.readouterr().out
-    second = run(benchmark, monkeypatch, path, "float", "ptq", "unstructured-l1")
+    second = run(monkeypatch, path, "float", "ptq", "unstructured-l1")
     assert second[:2] == first
     assert ran == ["ptq", "unstructured-l1"]
     changed = dataclasses.replace(RECIPES["ptq"], passes="fuse, quantize{weight_bits=4}")
     monkeypatch.setitem(RECIPES, "ptq", changed)
-    third = run(benchmark, monkeypatch, path, "float", "ptq")
+    third = run(monkeypatch, path, "float", "ptq")
     assert [row["recipe"] for row in third] == ["float", "unstructured-l1", "ptq"], "what has changed is run again"
     assert third[2]["file_bytes"] < first[1]["file_bytes"]
     assert len(list((tmp_path / "accuracy-networks").iterdir())) == 1
 
 
-def test_mistakes_are_one_message(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mistakes_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
-    with pytest.raises(SystemExit, match="no recipe 'pqt'; did you mean 'ptq'"):
-        run(benchmark, monkeypatch, path, "pqt")
+    with pytest.raises(SystemExit, match="no recipe 'ptqq'; did you mean 'ptq'"):
+        run(monkeypatch, path, "ptqq")
     path.write_text("{}")
     with pytest.raises(SystemExit, match="is no file of this benchmark"):
-        run(benchmark, monkeypatch, path, "ptq")
+        run(monkeypatch, path, "ptq")
 
 
-def summary(recipe: str, accuracy: float, lost: float | None = None, network: str = "baby-cnn") -> Summary:
-    return Summary(recipe, network, "fashion-mnist", 3, accuracy, accuracy, accuracy, lost, 1, 0, 1, 100, 1, 1)
+def summary(recipe: str, share: float, lost: float | None = None, network: str = "baby-cnn") -> Summary:
+    return Summary(recipe, network, "fashion-mnist", 3, share, share, share, lost, 1, 0, 1, 100, 1, 1)
 
 
-def test_claims_hold_or_fail(benchmark: Any) -> None:
+def test_claims_hold_or_fail() -> None:
     found = [
         summary("float", 0.92, 0.0), summary("ptq", 0.9165, 0.0035), summary("qat", 0.9195, 0.0005),
         summary("iterative", 0.91, 0.01), summary("one-shot", 0.909, 0.011), summary("student-alone", 0.91, 0.01),
         summary("distillation", 0.912, 0.008), summary("prune-qat-distill", 0.915, 0.005),
         summary("half-macs", 0.93, None, "resnet-20"), summary("torch-pruning", 0.929, None, "resnet-20"),
     ]  # fmt: skip
-    holds = {claim.text: claim.holds for claim in benchmark.claims(found)}
+    holds = {claim.text: claim.holds for claim in accuracy.claims(found)}
     assert holds == {
         "float: at least 91 %": True,
         "ptq: points lost": False,
@@ -103,16 +91,20 @@ def test_claims_hold_or_fail(benchmark: Any) -> None:
     }
 
 
-def test_torch_pruning_gets_no_less_to_work_with(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "pruned", lambda study, together, ratio: ratio)
-    monkeypatch.setattr(benchmark, "macs_of", lambda study, ratio: round(100 * (1 - ratio)) * 10)
-    ratio, network = benchmark.nearest(None, True, 500)
-    assert round(100 * (1 - ratio)) * 10 >= 500
+def test_torch_pruning_gets_no_less_to_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def macs_left(ratio: float) -> int:
+        return round(100 * (1 - ratio)) * 10
+
+    monkeypatch.setattr(accuracy, "pruned", lambda study, together, ratio: ratio)
+    monkeypatch.setattr(accuracy, "macs_of", lambda study, network: macs_left(network))
+    nearest: Any = accuracy.nearest
+    ratio, network = nearest(None, True, 500)
     assert ratio == network == pytest.approx(0.505, abs=0.001)
+    assert macs_left(ratio) == 500
 
 
-def test_rows_of_the_file_are_read_back(benchmark: Any, tmp_path: Path) -> None:
+def test_rows_of_the_file_are_read_back(tmp_path: Path) -> None:
     row = Row("ptq", "baby-cnn", "mnist", 0, 0.9, 10, 0.0, 20, 30, 1.0, 2.0, 3.0, "fuse", 2)
-    benchmark.write_rows(tmp_path / "rows.json", [row])
-    assert benchmark.read_rows(tmp_path / "rows.json") == [row]
-    assert benchmark.read_rows(tmp_path / "none.json") == []
+    accuracy.write_rows(tmp_path / "rows.json", [row])
+    assert accuracy.read_rows(tmp_path / "rows.json") == [row]
+    assert accuracy.read_rows(tmp_path / "none.json") == []

@@ -21,7 +21,7 @@ from fxcompress import passes as P
 from fxcompress.demo import Digits
 from fxcompress.errors import InputError, OptionError, ProcessError
 from fxcompress.pipeline.text import parse, print_pipeline
-from fxcompress.recipes import launch
+from fxcompress.recipes import launch, runs
 from fxcompress.recipes.catalogue import RECIPES, Recipe, as_python, find_recipe, pipeline_lines, prepared
 from fxcompress.recipes.data import ImageData, load_data
 from fxcompress.recipes.figures import plot, summarise, table
@@ -333,6 +333,7 @@ def test_recipes_are_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_recipes_run_and_write_figures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(runs, "median_seconds", lambda call, seconds: 1.0)
     monkeypatch.setitem(NETWORKS, "baby-cnn", SMALL)
     options = ("--epochs", "1", "--samples", "128", "--out", str(tmp_path))
     code, output, errors = call(monkeypatch, capsys, "ptq", "unstructured-l1", *options)
