@@ -680,6 +680,56 @@ class _Planner:
         self._normalized(step, rows, result)
         return result
 
+    def _matmul(self, given: dict[str, Any]) -> View:
+        left, right = given["input"], given["other"]
+        if not isinstance(left, View) or not isinstance(right, View) or min(left.meta.ndim, right.meta.ndim) < 2:
+            raise Unplanned
+        outer = torch.broadcast_shapes(left.meta.shape[:-2], right.meta.shape[:-2])
+        result = self._new((*outer, left.meta.shape[-2], right.meta.shape[-1]), torch.float32)
+        self._multiply(left, right, result, 1.0)
+        return result
+
+    def _attention(self, given: dict[str, Any]) -> View:
+        query, key, value = given["query"], given["key"], given["value"]
+        plain = given["attn_mask"] is None and not given["is_causal"] and not given.get("enable_gqa")
+        if not plain or given["dropout_p"] or not all(isinstance(one, View) for one in (query, key, value)):
+            raise Unplanned
+        if query.meta.ndim != 4 or query.meta.shape[:2] != key.meta.shape[:2]:
+            raise Unplanned
+        images, heads, count, width = query.meta.shape
+        scale = given["scale"] or width**-0.5
+        scores = self._new((images, heads, count, key.meta.shape[2]), torch.float32)
+        self._multiply(query, key.other(key.meta.transpose(2, 3)), scores, scale)
+        weights = self._softmax({"input": scores, "dim": -1})
+        made = self._new((images, count, heads, value.meta.shape[3]), torch.float32)  # as the next layer wants it
+        result = made.other(made.meta.transpose(1, 2))
+        self._multiply(weights, value, result, 1.0)
+        return result
+
+    def _multiply(self, left: View, right: View, result: View, factor: float) -> None:
+        """Emit result = factor * left @ right for each index of the outer dimensions."""
+        if any(view.meta.dtype != torch.float32 or view.meta.numel() == 0 for view in (left, right)):
+            raise Unplanned
+        outer = result.meta.shape[:-2]
+        loops: list[tuple[int, ...]] = [(1, 0, 0, 0)] * (3 - len(outer))
+        spread = [view.meta.expand(*outer, *view.meta.shape[-2:]).stride() for view in (left, right, result)]
+        loops += [(size, *(4 * strides[i] for strides in spread)) for i, size in enumerate(outer)]
+        if len(loops) > 3:
+            loops = [loop for loop in loops if loop[0] > 1]
+            loops = [(1, 0, 0, 0)] * (3 - len(loops)) + loops
+        if len(loops) > 3:
+            raise Unplanned
+        step = steps.Product(
+            left=_start(left), right=_start(right), result=_start(result), rows=result.meta.shape[-2],
+            columns=result.meta.shape[-1], depth=left.meta.shape[-1], left_row=left.strides()[-2],
+            left_depth=left.strides()[-1], right_depth=right.strides()[-2], right_column=right.strides()[-1],
+            result_row=result.strides()[-2], factor=factor,
+        )  # fmt: skip
+        for i, (size, *strides) in enumerate(loops):
+            step.sizes[i] = size
+            step.left_outer[i], step.right_outer[i], step.result_outer[i] = strides
+        self._emit(step, left, right, result)
+
     def _softmax(self, given: dict[str, Any]) -> View:
         x = given["input"]
         if not isinstance(x, View) or x.meta.dtype != torch.float32 or x.meta.numel() == 0 or given.get("dtype"):
@@ -910,6 +960,11 @@ def _place(view: View) -> steps.Place:
     return steps.Place(view.buffer.index, view.offset, strides[0] if len(strides) == 2 else 0, 0)
 
 
+def _start(view: View) -> steps.Place:
+    """Where the first number of a value lies."""
+    return steps.Place(view.buffer.index, view.offset, 0, 0)
+
+
 def _rows_place(view: View) -> steps.Place:
     """Where a value (..., features) lies whose rows have equal distances."""
     pixel = view.strides()[-2] if view.meta.ndim > 1 else 0
@@ -983,6 +1038,8 @@ _MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
     "pad": _Planner._pad,
     "roll": _Planner._roll,
     "softmax": _Planner._softmax,
+    "matmul": _Planner._matmul,
+    "attention": _Planner._attention,
 }
 
 _MODULES: dict[type[nn.Module], Callable[..., View]] = {
