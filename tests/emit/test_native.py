@@ -92,7 +92,7 @@ def assert_same(compact: CompactModule, *inputs: torch.Tensor) -> None:
         if found.dtype == torch.uint8:
             gap = (found.int() - expected.int()).abs()
             assert gap.max() <= 1, f"call {turn}"
-            assert (gap > 0).float().mean() <= 0.02
+            assert (gap > 0).sum() <= 3 + 0.02 * gap.numel()
         else:
             # sums of products of the size of one cancel
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * max(1.0, float(expected.abs().max())))
@@ -596,7 +596,7 @@ def test_windows(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     compact = fxc.compile(Windows(), "fuse, quantize", x, calibration=[x])
     assert_alike(compact, x)
-    assert set(python_calls(compact)) <= {"matmul", "matmul_1", "masked_fill"}
+    assert set(python_calls(compact)) <= {"masked_fill"}
 
 
 class Structured(nn.Module):
@@ -625,3 +625,54 @@ def test_structured_and_keyword_inputs() -> None:
             for name in found:
                 torch.testing.assert_close(found[name], expected[name])
     assert planned(compact)
+
+
+class Attention(nn.Module):
+    """Attention with query, key and value in one layer, by products or by PyTorch's function."""
+
+    def __init__(self, heads: int, width: int, by_hand: bool) -> None:
+        super().__init__()
+        self.heads, self.by_hand = heads, by_hand
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, count, width = x.shape
+        qkv = self.qkv(x).reshape(n, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.by_hand:
+            y = (q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        z: torch.Tensor = self.out(y.transpose(1, 2).reshape(n, count, width))
+        return z
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize(("heads", "width", "count"), [(1, 8, 3), (3, 48, 17), (2, 130, 70), (4, 64, 1)])
+def test_attention(by_hand: bool, heads: int, width: int, count: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, count, width)
+    compact = fxc.compile(Attention(heads, width, by_hand), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert python_calls(compact) == []
+    assert image_by_image(compact) == [4] or count == 1
+
+
+@given(
+    st.lists(st.integers(1, 3), max_size=3), st.integers(1, 14), st.integers(1, 70), st.integers(1, 9), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_products(outer: list[int], rows: int, columns: int, depth: int, turned: bool, broadcast: bool) -> None:
+    right = torch.randn(*([] if broadcast else outer), *((columns, depth) if turned else (depth, columns)))
+
+    root, graph = nn.Module(), fx.Graph()
+    values = [graph.placeholder("left"), graph.placeholder("right")]
+    second = graph.call_function(torch.transpose, (values[1], -2, -1)) if turned else values[1]
+    root.quantize = Quantize(SIGNED.config())
+    graph.output((graph.call_function(torch.matmul, (values[0], second)), graph.call_module("quantize", (values[0],))))
+    compact = CompactModule(root, graph)
+    left = torch.randn(*outer, rows, depth)
+    for _ in range(2):
+        torch.testing.assert_close(compact(left, right)[0], by_graph(compact, left, right)[0], rtol=1e-4, atol=1e-5)
+    assert python_calls(compact) == []

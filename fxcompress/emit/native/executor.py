@@ -91,14 +91,20 @@ class Executor:
         """Plan for inputs of these shapes."""
         inputs = _positional(self.graph_module, tuple(inputs), {})
         plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
-        single = None
-        if images_of(plan) > 1:  # then a plan for one of them will do for each
-            one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
-            single = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
+        single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = bound = BoundPlan(plan, self.library, single)
         return bound
+
+    def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
+        """A plan for the first image of a batch, which will do for each of them."""
+        one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
+        try:
+            plan = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
+        except Exception:  # sizes are written in the graph that fit no other batch
+            return None
+        return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
 
 
 def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
@@ -209,11 +215,11 @@ def images_of(plan: Plan) -> int:
     """Return how many images (or other samples) a plan is for, if it computes each of them by itself; else 1.
 
     That is so if the first dimension of every value counts the images, the images of a buffer lie one after the other,
-    and every item is a step: all kinds of steps keep images apart.
+    and every item is a step: all kinds of steps keep images apart, but products of matrices that are not stacked.
     """
     found = {view.meta.shape[0] if view.meta.ndim else 0 for view in plan.inputs}
     images = found.pop() if len(found) == 1 else 1
-    if images < 2 or any(isinstance(item, PythonCall) for item in plan.items):
+    if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
         return 1
     for view in plan.views:
         if view.buffer.place == "constant":

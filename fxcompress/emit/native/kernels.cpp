@@ -163,7 +163,18 @@ struct Normalization {
     int64_t zero, low, high;
 };
 
-enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION };
+// Products of real matrices: (rows, depth) by (depth, columns), for each index of three outer dimensions. Strides are in
+// bytes, and any but that of the result's columns, which lie side by side.
+struct Product {
+    int64_t op;
+    Place left, right, result;
+    int64_t sizes[3], left_outer[3], right_outer[3], result_outer[3];
+    int64_t rows, columns, depth;
+    int64_t left_row, left_depth, right_depth, right_column, result_row;
+    double factor;
+};
+
+enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT };
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -978,6 +989,71 @@ void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int 
     }
 }
 
+// ------------------------------------------------------------------------------------------------------- products
+
+constexpr int COLUMNS = 64;  // of the right matrix that are packed together
+
+template <int MR>
+INLINE void multiply_tile(const Product& c, const uint8_t* left, const float* packed, uint8_t* result, int64_t count) {
+    __m512 sums[MR][4];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < 4; n++) sums[m][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < c.depth; k++, left += c.left_depth, packed += COLUMNS) {
+        __m512 b[4];
+        UNROLL for (int n = 0; n < 4; n++) b[n] = _mm512_load_ps(packed + 16 * n);
+        UNROLL for (int m = 0; m < MR; m++) {
+            const __m512 a = _mm512_set1_ps(*(const float*)(left + m * c.left_row));
+            UNROLL for (int n = 0; n < 4; n++) sums[m][n] = _mm512_fmadd_ps(a, b[n], sums[m][n]);
+        }
+    }
+    const __m512 factor = _mm512_set1_ps((float)c.factor);
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < 4; n++)
+            _mm512_mask_storeu_ps((float*)(result + m * c.result_row) + 16 * n, first_floats(count - 16 * n),
+                                  _mm512_mul_ps(sums[m][n], factor));
+}
+
+void multiply(const Product& c, uint8_t* const* buffers, int thread, int threads) {
+    const int64_t blocks = (c.columns + COLUMNS - 1) / COLUMNS, total = c.sizes[0] * c.sizes[1] * c.sizes[2] * blocks;
+    float* packed = (float*)scratch(c.depth * COLUMNS * 4);
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t block = work % blocks, outer = work / blocks;
+        const int64_t index[3] = {outer / c.sizes[2] / c.sizes[1], outer / c.sizes[2] % c.sizes[1], outer % c.sizes[2]};
+        const uint8_t* left = buffers[c.left.buffer] + c.left.offset;
+        const uint8_t* right = buffers[c.right.buffer] + c.right.offset + block * COLUMNS * c.right_column;
+        uint8_t* result = buffers[c.result.buffer] + c.result.offset + block * COLUMNS * 4;
+        for (int i = 0; i < 3; i++) {
+            left += index[i] * c.left_outer[i];
+            right += index[i] * c.right_outer[i];
+            result += index[i] * c.result_outer[i];
+        }
+        const int64_t count = std::min<int64_t>(COLUMNS, c.columns - block * COLUMNS);
+        if (c.right_column == 4) {
+            for (int64_t k = 0; k < c.depth; k++)
+                UNROLL for (int n = 0; n < 4; n++)
+                    _mm512_store_ps(packed + k * COLUMNS + 16 * n,
+                                    _mm512_maskz_loadu_ps(first_floats(count - 16 * n),
+                                                          (const float*)(right + k * c.right_depth) + 16 * n));
+        } else {
+            for (int64_t j = 0; j < COLUMNS; j++)
+                for (int64_t k = 0; k < c.depth; k++)
+                    packed[k * COLUMNS + j] =
+                        j < count ? *(const float*)(right + k * c.right_depth + j * c.right_column) : 0.0f;
+        }
+        int64_t row = 0;
+        for (; row + 6 <= c.rows; row += 6)
+            multiply_tile<6>(c, left + row * c.left_row, packed, result + row * c.result_row, count);
+        const uint8_t* last = left + row * c.left_row;
+        uint8_t* to = result + row * c.result_row;
+        switch (c.rows - row) {
+            case 1: multiply_tile<1>(c, last, packed, to, count); break;
+            case 2: multiply_tile<2>(c, last, packed, to, count); break;
+            case 3: multiply_tile<3>(c, last, packed, to, count); break;
+            case 4: multiply_tile<4>(c, last, packed, to, count); break;
+            case 5: multiply_tile<5>(c, last, packed, to, count); break;
+        }
+    }
+}
+
 // Steps take a few microseconds, so that threads wait for each other awake; where there are more threads than cores,
 // one that waits for long makes room.
 struct Barrier {
@@ -1005,6 +1081,7 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case FILL: return fill(*(const Fill*)step, buffers, thread, threads);
         case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
+        case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
     }
 }
 
@@ -1023,6 +1100,7 @@ int64_t fxc_size(int64_t op) {
         case FILL: return sizeof(Fill);
         case POINTWISE: return sizeof(Pointwise);
         case NORMALIZATION: return sizeof(Normalization);
+        case PRODUCT: return sizeof(Product);
     }
     return 0;
 }

@@ -69,6 +69,7 @@ class Plan:
 
     items: steps and Python calls, and names: of their nodes. inputs: views of the tensor arguments, in order.
     output: the graph's output, with views in the places of tensors. views: all that steps read and write.
+    mixes: whether a step mixes what lies at different indices of the first dimension.
     keep: tensors whose addresses are written in steps. constants: buffers that are tensors of the model.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     inputs: list[View] = field(default_factory=list)
     output: Any = None
     views: list[View] = field(default_factory=list)
+    mixes: bool = False
     keep: list[torch.Tensor] = field(default_factory=list)
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -499,7 +501,9 @@ class _Planner:
         shape = [*x.meta.shape[:-1], module.out_features]
         if x.meta.numel() == 0 or (residual is not None and list(residual.meta.shape) != shape):
             raise Unplanned
-        x = self._rows(x, module.in_features % packing.DEPTH)
+        x, rows = self._rows(x, module.in_features % packing.DEPTH)
+        if residual is not None:
+            residual, added = self._rows(residual)
         result = self._result(module, shape, residual)
         if module not in self.packed:
             bias = module._bias_with_zero_point()
@@ -511,30 +515,30 @@ class _Planner:
             )
         weights, bias, scale = self.packed[module]
         count = x.meta.numel() // module.in_features
-        pixel = x.meta.stride(-2) if x.meta.ndim > 1 else module.in_features
         step = steps.Convolution(
-            source=_place(x), result=_rows_place(result), images=1, height=1, width=count,
+            source=_place(rows), result=_rows_place(result), images=1, height=1, width=count,
             channels=module.out_features, groups=1, group_out=module.out_features,
             rows_of_window=1, columns_of_window=1,
             run=packing.rounded_up(module.in_features, packing.DEPTH),
             rows=self._kept(torch.zeros(1, dtype=torch.int64)),
-            columns=self._kept(torch.arange(count) * pixel),
+            columns=self._kept(torch.arange(count) * rows.strides()[0]),
             padding=self._kept(torch.zeros(packing.CHUNK, dtype=torch.uint8)),
             weights=self._kept(weights), group_weights=weights.numel(),
-            finish=self._finish(module, scale, bias, None if residual is None else self._rows(residual)),
+            finish=self._finish(module, scale, bias, None if residual is None else added),
         )  # fmt: skip
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
-    def _rows(self, view: View, room: int = 0) -> View:
-        """A value (..., features) as (rows, features), with `room` bytes behind it."""
+    def _rows(self, view: View, room: int = 0) -> tuple[View, View]:
+        """A value (..., features) with `room` bytes behind it: as it is, and as (rows, features)."""
+        self.plan.mixes |= view.meta.ndim < 2
         if room == 0 or view.buffer.place == "arena":
             flat = view.meta.reshape(-1, view.meta.shape[-1])
             shared = flat.untyped_storage()._cdata == view.meta.untyped_storage()._cdata
             if shared and (flat.stride(1) == 1 or flat.shape[1] == 1):
-                return view.other(flat)
+                return view, view.other(flat)
         copy = self._contiguous(view)
-        return copy.other(copy.meta.view(-1, copy.meta.shape[-1]))
+        return copy, copy.other(copy.meta.view(-1, copy.meta.shape[-1]))
 
     def _result(self, module: Int8Layer, shape: Sequence[int], residual: View | None) -> View:
         dtype = torch.float32 if module.output is None else torch.uint8
@@ -674,11 +678,59 @@ class _Planner:
                 packing.vectors(zeros if module.bias is None else module.bias),
             )
         scale, shift = self.packed[module]
-        rows = self._rows(x)
-        result = self._new(x.meta.shape, torch.float32)
         step = steps.Normalization(scale=self._kept(scale), shift=self._kept(shift), epsilon=module.eps)
-        self._normalized(step, rows, result)
+        return self._normalized(step, x)
+
+    def _matmul(self, given: dict[str, Any]) -> View:
+        left, right = given["input"], given["other"]
+        if not isinstance(left, View) or not isinstance(right, View) or min(left.meta.ndim, right.meta.ndim) < 2:
+            raise Unplanned
+        outer = torch.broadcast_shapes(left.meta.shape[:-2], right.meta.shape[:-2])
+        result = self._new((*outer, left.meta.shape[-2], right.meta.shape[-1]), torch.float32)
+        self._multiply(left, right, result, 1.0)
         return result
+
+    def _attention(self, given: dict[str, Any]) -> View:
+        query, key, value = given["query"], given["key"], given["value"]
+        plain = given["attn_mask"] is None and not given["is_causal"] and not given.get("enable_gqa")
+        if not plain or given["dropout_p"] or not all(isinstance(one, View) for one in (query, key, value)):
+            raise Unplanned
+        if query.meta.ndim != 4 or query.meta.shape[:2] != key.meta.shape[:2]:
+            raise Unplanned
+        images, heads, count, width = query.meta.shape
+        scale = given["scale"] or width**-0.5
+        scores = self._new((images, heads, count, key.meta.shape[2]), torch.float32)
+        self._multiply(query, key.other(key.meta.transpose(2, 3)), scores, scale)
+        weights = self._softmax({"input": scores, "dim": -1})
+        made = self._new((images, count, heads, value.meta.shape[3]), torch.float32)  # as the next layer wants it
+        result = made.other(made.meta.transpose(1, 2))
+        self._multiply(weights, value, result, 1.0)
+        return result
+
+    def _multiply(self, left: View, right: View, result: View, factor: float) -> None:
+        """Emit result = factor * left @ right for each index of the outer dimensions."""
+        if any(view.meta.dtype != torch.float32 or view.meta.numel() == 0 for view in (left, right)):
+            raise Unplanned
+        outer = result.meta.shape[:-2]
+        self.plan.mixes |= min(left.meta.ndim, right.meta.ndim) < 3 or left.meta.ndim != right.meta.ndim
+        loops: list[tuple[int, ...]] = [(1, 0, 0, 0)] * (3 - len(outer))
+        spread = [view.meta.expand(*outer, *view.meta.shape[-2:]).stride() for view in (left, right, result)]
+        loops += [(size, *(4 * strides[i] for strides in spread)) for i, size in enumerate(outer)]
+        if len(loops) > 3:
+            loops = [loop for loop in loops if loop[0] > 1]
+            loops = [(1, 0, 0, 0)] * (3 - len(loops)) + loops
+        if len(loops) > 3:
+            raise Unplanned
+        step = steps.Product(
+            left=_start(left), right=_start(right), result=_start(result), rows=result.meta.shape[-2],
+            columns=result.meta.shape[-1], depth=left.meta.shape[-1], left_row=left.strides()[-2],
+            left_depth=left.strides()[-1], right_depth=right.strides()[-2], right_column=right.strides()[-1],
+            result_row=result.strides()[-2], factor=factor,
+        )  # fmt: skip
+        for i, (size, *strides) in enumerate(loops):
+            step.sizes[i] = size
+            step.left_outer[i], step.right_outer[i], step.result_outer[i] = strides
+        self._emit(step, left, right, result)
 
     def _softmax(self, given: dict[str, Any]) -> View:
         x = given["input"]
@@ -686,16 +738,17 @@ class _Planner:
             raise Unplanned
         if given["dim"] is None or given["dim"] % x.meta.ndim != x.meta.ndim - 1:
             raise Unplanned
-        result = self._new(x.meta.shape, torch.float32)
-        self._normalized(steps.Normalization(softmax=1), self._rows(x), result)
-        return result
+        return self._normalized(steps.Normalization(softmax=1), x)
 
-    def _normalized(self, step: steps.Normalization, rows: View, result: View) -> None:
+    def _normalized(self, step: steps.Normalization, x: View) -> View:
+        result = self._new(x.meta.shape, torch.float32)
+        x, rows = self._rows(x)
         step.rows, step.channels = rows.meta.shape
         step.source = _rows_place(rows)
         step.result = steps.Place(result.buffer.index, 0, 4 * step.channels, 0)
         step.kind, step.inverse, step.high = steps.FLOAT, 1.0, 255
-        self._emit(step, rows, result)
+        self._emit(step, x, result)
+        return result
 
     def _enter(self, x: View, result: View, grid: Grid) -> None:
         n, c, h, w = x.meta.shape
@@ -910,6 +963,11 @@ def _place(view: View) -> steps.Place:
     return steps.Place(view.buffer.index, view.offset, strides[0] if len(strides) == 2 else 0, 0)
 
 
+def _start(view: View) -> steps.Place:
+    """Where the first number of a value lies."""
+    return steps.Place(view.buffer.index, view.offset, 0, 0)
+
+
 def _rows_place(view: View) -> steps.Place:
     """Where a value (..., features) lies whose rows have equal distances."""
     pixel = view.strides()[-2] if view.meta.ndim > 1 else 0
@@ -983,6 +1041,8 @@ _MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
     "pad": _Planner._pad,
     "roll": _Planner._roll,
     "softmax": _Planner._softmax,
+    "matmul": _Planner._matmul,
+    "attention": _Planner._attention,
 }
 
 _MODULES: dict[type[nn.Module], Callable[..., View]] = {

@@ -152,4 +152,18 @@ class Normalization(Step):
     )  # fmt: skip
 
 
-KINDS: tuple[type[Step], ...] = (Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization)
+class Product(Step):
+    """Products of real matrices, for each index of three outer dimensions."""
+
+    number = 9
+    _fields_ = (
+        ("op", _number), ("left", Place), ("right", Place), ("result", Place), ("sizes", _number * 3),
+        ("left_outer", _number * 3), ("right_outer", _number * 3), ("result_outer", _number * 3), ("rows", _number),
+        ("columns", _number), ("depth", _number), ("left_row", _number), ("left_depth", _number),
+        ("right_depth", _number), ("right_column", _number), ("result_row", _number), ("factor", _real),
+    )  # fmt: skip
+
+
+KINDS: tuple[type[Step], ...] = (
+    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product,
+)  # fmt: skip
