@@ -77,7 +77,46 @@ def compile_time(document: Document) -> str:
     return table(["", "nodes", "trace, s", "passes, s", "in all, s"], body)
 
 
-TABLES: dict[str, Callable[[Document], str]] = {"demo": demo, "cpu_int8": cpu_int8, "compile_time": compile_time}
+def peers(document: Document) -> str:
+    """Milliseconds of each engine with the decibels of its output, and our time over that of the fastest other."""
+    made = cpu_int8(document).split("\n")
+    ratios = {
+        f"{result['workload']['model']}, batch {batch}": ratio
+        for result in document["results"] for batch, ratio in result["against_best_peer"].items()
+    }  # fmt: skip
+    lines = [f"{made[0]} ours / best other |", f"{made[1]} ---: |"]
+    for line in made[2:]:
+        lines.append(f"{line} {ratios[line.split(' | ')[0].removeprefix('| ')]:.2f} |")
+    return "\n".join(lines)
+
+
+def coverage(document: Document) -> str:
+    """What became of all models of a family, and which ones keep more than 0.40 of their parameters."""
+    body = []
+    for family in ("torchvision", "timm"):
+        rows = [row for row in document["results"]["rows"] if row["family"] == family]
+        left = sorted(row["left"] for row in rows if row["left"] is not None)
+        above = [row["name"] for row in rows if (row["left"] or 0) > 0.40]
+        body.append(
+            [family, str(len(rows)), str(sum(row["status"] == "ok" for row in rows)), f"{left[len(left) // 2]:.2f}",
+             f"{max(row['difference'] or 0 for row in rows):.0e}", f"{max(row['seconds'] or 0 for row in rows):.0f}",
+             ", ".join(above) or "none"]
+        )  # fmt: skip
+    head = [
+        "",
+        "models",
+        "without a failure",
+        "parameters left, median",
+        "largest difference",
+        "slowest, s",
+        "above 0.40",
+    ]
+    return table(head, body)
+
+
+TABLES: dict[str, Callable[[Document], str]] = {
+    "demo": demo, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers, "compile_time": compile_time,
+}  # fmt: skip
 
 
 def rewrite(text: str) -> str:
