@@ -111,7 +111,7 @@ class Int8Layer(Kernel):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's result for uint8 numbers on the input grid, and for a second input if it takes one."""
         run = self._run
-        if run is None or type(input) is not torch.Tensor:
+        if run is None or without_kernels(input):
             run = self._prepare(input)
         return run(input) if residual is None else run(input, residual)
 

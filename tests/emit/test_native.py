@@ -329,8 +329,8 @@ def _resident() -> int:
 
 
 def test_plans_are_kept_for_the_latest_shapes_only(mixed: CompactModule) -> None:
-    for size in range(9, 30):
-        mixed(torch.randn(1, 3, size, size))
+    for size in range(9, 90):
+        mixed(torch.randn(1, 3, size, 9))
     made = mixed._native.made
     assert made is not None
     assert len(made.plans) == made.limit
@@ -676,3 +676,17 @@ def test_products(outer: list[int], rows: int, columns: int, depth: int, turned:
     for _ in range(2):
         torch.testing.assert_close(compact(left, right)[0], by_graph(compact, left, right)[0], rtol=1e-4, atol=1e-5)
     assert python_calls(compact) == []
+
+
+def test_inputs_out_of_the_ordinary() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 9, 9)
+    compact = fxc.compile(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU()), "fuse, quantize", x, calibration=[x])
+    compact(x)
+    negative = torch.complex(torch.randn_like(x), x).conj().imag
+    assert negative.is_neg()
+    assert_alike(compact, negative)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for value in (1e8, -1e8, float("inf"), -float("inf")):
+            assert_alike(compact, torch.full((1, 2, 9, 9), value).contiguous(memory_format=layout))
+    assert by_graph(compact, x).shape == compact(x.to("meta")).shape

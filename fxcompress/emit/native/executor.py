@@ -37,6 +37,8 @@ class Cache:
             if isinstance(leaf, torch.Tensor):
                 if type(leaf) is not torch.Tensor or leaf.device.type != "cpu" or leaf.requires_grad:
                     return None
+                if leaf.is_neg() or leaf.is_conj():  # numbers that are not in memory as they are read
+                    return None
             elif isinstance(leaf, fx.Proxy):
                 return None
         if self.made is None:
@@ -72,7 +74,7 @@ class Executor:
     """
 
     #: Plans kept, for the latest combinations of shapes.
-    limit = 8
+    limit = 64
 
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library

@@ -294,6 +294,9 @@ INLINE void store_bytes(uint8_t* to, __m512i bytes, int64_t count) {
     }
 }
 
+// Real numbers to integers. What is larger than any integer would become the smallest one.
+INLINE __m512i to_integers(__m512 x) { return _mm512_cvtps_epi32(_mm512_min_ps(x, _mm512_set1_ps(2.0e9f))); }
+
 struct Limits {
     __m512i zero, low, high;
     __m512 inverse;
@@ -739,7 +742,7 @@ void enter(const Entrance& c, uint8_t* const* buffers, int thread, int threads) 
         const float* from = source + image * c.stride_image + row * c.stride_row;
         uint8_t* to = result + image * c.result.image + row * c.result_row;
         auto bytes = [&](__m512 x) {
-            __m512i q[4] = {_mm512_cvtps_epi32(_mm512_mul_ps(x, limits.inverse)), _mm512_setzero_si512(),
+            __m512i q[4] = {to_integers(_mm512_mul_ps(x, limits.inverse)), _mm512_setzero_si512(),
                             _mm512_setzero_si512(), _mm512_setzero_si512()};
             return _mm512_castsi512_si128(in_order(narrow(q, limits.zero, limits.low, limits.high)));
         };
@@ -759,7 +762,7 @@ void enter(const Entrance& c, uint8_t* const* buffers, int thread, int threads) 
                 const __mmask16 mask = first_floats(c.width - x);
                 __m512i q[4];
                 UNROLL for (int i = 0; i < 3; i++)
-                    q[i] = _mm512_cvtps_epi32(
+                    q[i] = to_integers(
                         _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + x + i * c.stride_channel), limits.inverse));
                 q[3] = _mm512_setzero_si512();
                 const __m512i planes = in_order(narrow(q, limits.zero, limits.low, limits.high));
@@ -917,7 +920,7 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
                 __m512i q[4];
                 UNROLL for (int v = 0; v < 4; v++) {
                     const __m512 x = _mm512_maskz_loadu_ps(first_floats(numbers - i - 16 * v), last + i + 16 * v);
-                    q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(x, limits.inverse));
+                    q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
                 }
                 store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), numbers - i);
             }

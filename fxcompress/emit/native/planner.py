@@ -330,6 +330,8 @@ class _Planner:
         if not all(isinstance(view, View) for view in views) or len({view.meta.dtype for view in views}) > 1:
             raise Unplanned
         views = [view for view in views if view.meta.numel()]
+        if not views:
+            raise Unplanned
         shape = list(views[0].meta.shape)
         dim = dim % len(shape)
         shape[dim] = sum(view.meta.shape[dim] for view in views)
