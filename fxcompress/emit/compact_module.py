@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.emit.cpu_int8 import Int8Layer
-from fxcompress.emit.native.executor import Cache
+from fxcompress.emit.native.executor import Cache, Unplannable
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import NodeInfo, info, set_info
@@ -70,9 +71,10 @@ class CompactModule(fx.GraphModule):
         @functools.wraps(run_graph)
         def forward(self: CompactModule, *arguments: Any, **keywords: Any) -> Any:
             native = self._native.executor(self, (*arguments, *keywords.values()))
-            if native is None:
-                return run_graph(self, *arguments, **keywords)
-            return native(*arguments, **keywords)
+            if native is not None:
+                with contextlib.suppress(Unplannable):
+                    return native(*arguments, **keywords)
+            return run_graph(self, *arguments, **keywords)
 
         type(self).forward = forward  # fx gives every instance a class of its own
         return code
@@ -93,10 +95,9 @@ class CompactModule(fx.GraphModule):
         self._native = Cache()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `nn.Module`."""
-        self._native = Cache()
-        return super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._native = Cache()  # called for a part of a larger module, too
+        super()._load_from_state_dict(*args, **kwargs)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, report: Report | None = None, executor: str = "auto") -> CompactModule:

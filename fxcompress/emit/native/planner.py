@@ -384,13 +384,13 @@ class _Planner:
             self._copy(x.other(source), result.other(target))
         return result
 
-    def _image(self, view: View, room: int = 0) -> View:
-        """A value (images, channels, height, width) whose channels lie side by side, with `room` bytes behind it."""
+    def _image(self, view: View, room: bool = False) -> View:
+        """A value (images, channels, height, width) whose channels lie side by side, and with room behind it."""
         meta = view.meta
         if meta.ndim != 4 or meta.dtype != torch.uint8:
             raise Unplanned
-        outside = room > 0 and view.buffer.place != "arena"
-        if not outside and (meta.stride(1) == 1 or meta.shape[1] == 1):
+        moved = room and view.buffer.place != "arena"
+        if not moved and (meta.stride(1) == 1 or meta.shape[1] == 1):
             return view
         copy = self._new(meta.shape, meta.dtype, images=True)
         self._copy(view, copy)
@@ -412,6 +412,8 @@ class _Planner:
         if x.meta.ndim != 4 or x.meta.numel() == 0:
             raise Unplanned
         kernel, stride, padding, dilation = geometry
+        if math.prod(kernel) > steps.MAX_PLACES:
+            raise Unplanned
         shape = [x.meta.shape[0], module.out_channels]
         for index in range(2):
             reach = dilation[index] * (kernel[index] - 1) + 1
@@ -427,7 +429,9 @@ class _Planner:
         if in_rows:  # a row of the window is one run of bytes
             x, padding = self._padded(x, padding, module.input.zero_point), [0, 0]
         else:
-            x = self._image(x, channels % packing.DEPTH)
+            joined = packing.joined_groups(module.out_channels, channels, module.groups)
+            outside = packing.rounded_up(module.groups, joined) > module.groups or joined * channels % packing.DEPTH > 0
+            x = self._image(x, outside)
         key = (module, "rows" if in_rows else "taps")
         if key not in self.packed:
             self.packed[key] = _packed_convolution(module, kernel, in_rows)
@@ -446,8 +450,6 @@ class _Planner:
             weights=self._kept(weights), group_weights=weights.numel() // groups,
             finish=self._finish(module, scale, bias, residual),
         )  # fmt: skip
-        if kernel[0] * places > 1024:
-            raise Unplanned
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
@@ -503,7 +505,7 @@ class _Planner:
         shape = [*x.meta.shape[:-1], module.out_features]
         if x.meta.numel() == 0 or (residual is not None and list(residual.meta.shape) != shape):
             raise Unplanned
-        x, rows = self._rows(x, module.in_features % packing.DEPTH)
+        x, rows = self._rows(x, room=module.in_features % packing.DEPTH > 0)
         if residual is not None:
             residual, added = self._rows(residual)
         result = self._result(module, shape, residual)
@@ -531,10 +533,10 @@ class _Planner:
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
-    def _rows(self, view: View, room: int = 0) -> tuple[View, View]:
-        """A value (..., features) with `room` bytes behind it: as it is, and as (rows, features)."""
+    def _rows(self, view: View, room: bool = False) -> tuple[View, View]:
+        """A value (..., features), with room behind it: as it is, and as (rows, features)."""
         self.plan.mixes |= view.meta.ndim < 2
-        if room == 0 or view.buffer.place == "arena":
+        if not room or view.buffer.place == "arena":
             flat = view.meta.reshape(-1, view.meta.shape[-1])
             shared = flat.untyped_storage()._cdata == view.meta.untyped_storage()._cdata
             if shared and (flat.stride(1) == 1 or flat.shape[1] == 1):
@@ -599,7 +601,7 @@ class _Planner:
                             module.dilation[i], sizes[i], x.strides()[2 + i])
             for i in range(2)
         ]  # fmt: skip
-        self._pool(x, result, tables, steps.Pooling(kind=steps.BYTES, high=255))
+        self._pool(x, result, tables, steps.Pooling(high=255))
         return result
 
     def _avg_pool(self, module: Int8AvgPool, x: View) -> View:
@@ -609,7 +611,7 @@ class _Planner:
         tables, sizes, count_padding = _average_windows(module, x)
         result = self._new((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
         step = steps.Pooling(
-            average=1, count_padding=count_padding, source_zero=module.input.zero_point, kind=steps.BYTES,
+            average=1, count_padding=count_padding, source_zero=module.input.zero_point,
             factor=module.input.scale * inverse(module.output.scale), zero=module.output.zero_point,
             low=module.output.quant_min, high=module.output.quant_max,
         )  # fmt: skip
@@ -659,6 +661,8 @@ class _Planner:
         step.low, step.high = grid.quant_min, grid.quant_max
         step.result.pixel, step.result.image = step.result.pixel // 4, step.result.image // 4
         x.buffer.bytes //= 4
+        stored = x.other(meta_tensor(x.meta.shape, torch.uint8, x.meta.stride()))
+        self.plan.views = [stored if view.buffer is x.buffer else view for view in self.plan.views]
         return True
 
     def _only_read_here(self, node: fx.Node, buffer: Buffer) -> bool:
@@ -700,7 +704,7 @@ class _Planner:
         if query.meta.ndim != 4 or query.meta.shape[:2] != key.meta.shape[:2]:
             raise Unplanned
         images, heads, count, width = query.meta.shape
-        scale = given["scale"] or width**-0.5
+        scale = width**-0.5 if given["scale"] is None else given["scale"]
         scores = self._new((images, heads, count, key.meta.shape[2]), torch.float32)
         self._multiply(query, key.other(key.meta.transpose(2, 3)), scores, scale)
         weights = self._softmax({"input": scores, "dim": -1})
@@ -895,8 +899,7 @@ class _Planner:
 
     def _operand(self, value: Any, grid: Grid | None, order: list[int], shape: torch.Size) -> steps.Operand:
         if not isinstance(value, View):
-            number = torch.tensor([float(value)])
-            return steps.Operand(shape=steps.WHOLE, numbers=self._kept(number))
+            return steps.Operand(shape=steps.WHOLE, shift=float(value))
         place, kind = _walk(value, order, shape)
         operand = steps.Operand(shape=kind, kind=steps.FLOAT, place=place)
         if value.meta.dtype == torch.uint8:
@@ -1028,6 +1031,8 @@ def _elementwise(kind: str, given: dict[str, Any]) -> tuple[int, float, float]:
     """The number of an activation that stands by itself, and its arguments."""
     found = activation_of(kind, given)
     if found is None:
+        if kind not in ("sigmoid", "hardsigmoid"):  # the others have arguments that are not in `given` as numbers
+            raise Unplanned
         return _activation(kind, ())
     if found[0] == "clamp":
         low, high = found[1:]
