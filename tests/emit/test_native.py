@@ -26,6 +26,7 @@ from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
+    Int8Affine,
     Int8AvgPool,
     Int8Conv,
     Int8Layer,
@@ -214,6 +215,24 @@ def test_sums_and_products(batch: int, channels: int, size: int, shape: str) -> 
         right = torch.rand(other) if module.right is None else numbers(*other, seed=1)
         left = numbers(*full).contiguous(memory_format=torch.channels_last)
         assert_same(chain(module, inputs=2), left, right)
+
+
+@given(st.integers(1, 3), st.integers(1, 200), st.integers(0, 5), st.booleans(), st.booleans(), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_affine_layers(batch: int, channels: int, size: int, relu: bool, turned: bool, threads: int) -> None:
+    layer = Int8Affine(channels, SIGNED.config(), POSITIVE.config(), relu)
+    layer.scale.copy_(torch.randn(channels))
+    layer.shift.copy_(torch.randn(channels))
+    x = numbers(batch, channels, size, size + 1) if size else numbers(batch, channels)
+    x = x.contiguous(memory_format=torch.channels_last) if turned and size else x
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compact = chain(layer)
+        assert_same(compact, x)
+    finally:
+        torch.set_num_threads(before)
+    assert python_calls(compact) == []
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 17, 33), (1, 70, 4, 4), (5, 11), (2, 3, 40), (1, 1, 8, 8)])
@@ -887,3 +906,77 @@ for layer, shape in (
 def test_nothing_behind_the_inputs_is_read() -> None:
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["right"] * 6, done.stderr
+
+
+class Dense(nn.Module):
+    """Layers that read everything before them, concatenated from a list or one after the other (DenseNet)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stem = how, nn.Conv2d(3, 10, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(10 + 6 * index) for index in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(10 + 6 * index, 6, 3, padding=1) for index in range(4))
+        self.head = nn.Conv2d(34, 5, 1)
+        for name, parameter in self.norms.named_parameters():
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        made = [F.max_pool2d(F.relu(self.stem(x)), 2)]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            joined = torch.cat(made, 1)
+            made.append(conv(F.relu(norm(joined))))
+            if self.how == "chain":
+                made = [torch.cat([joined, made.pop()], 1)]
+        y = torch.cat(made, 1)
+        z: torch.Tensor = self.head(y)
+        return (z, y, made[-1]) if self.how == "results" else z
+
+
+def copies(compact: CompactModule) -> list[str]:
+    made = compact._native.made
+    assert made is not None
+    (bound,) = made.plans.values()
+    assert bound is not None
+    plan = bound.plan
+    return [name for name, item in zip(plan.names, plan.items, strict=True) if isinstance(item, steps.Copy)]
+
+
+@pytest.mark.parametrize("how", ["list", "chain", "results"])
+def test_what_is_concatenated_is_made_in_place(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 14, 13)
+    compact = fxc.compile(Dense(how), "fuse, quantize", x, calibration=[x])
+    assert sum(isinstance(module, Int8Affine) for module in compact.modules()) == 4
+    expected, found = by_graph(compact, x), (compact(x), compact(x))[1]
+    for left, right in zip(*([y] if torch.is_tensor(y) else y for y in (expected, found)), strict=True):
+        noise = (left - right).square().mean()
+        assert noise == 0 or 10 * torch.log10(left.square().mean() / noise) >= 35
+        assert left.stride() == right.stride()
+    assert python_calls(compact) == []
+    assert [name for name in copies(compact) if name.startswith("cat")] == []
+    assert image_by_image(compact) == [3]
+
+
+class Twice(nn.Module):
+    """Concatenations of a value with itself, of an input, of pieces of a split, and of what several of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 5, 3)
+        self.third = nn.Conv2d(22, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        z = self.second(torch.cat((y, x), 1))
+        left, right = y[:, :, 1:-1, 1:-1].chunk(2, 1)
+        w: torch.Tensor = self.third(torch.cat((right, z, left, z, right), 1))
+        v: torch.Tensor = self.third(torch.cat((z, z, left, right, left), 1))
+        return w + v
+
+
+def test_concatenations_that_share_their_pieces() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 11, 10)
+    compact = fxc.compile(Twice(), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert python_calls(compact) == []

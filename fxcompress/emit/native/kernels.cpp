@@ -175,7 +175,21 @@ struct Product {
     double factor;
 };
 
-enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT };
+// A factor and a summand for each channel: bytes to real numbers and back to bytes.
+struct Affine {
+    int64_t op;
+    Place source, result;
+    int64_t images, pixels, channels;
+    double source_scale, source_shift;  // real = byte * source_scale + source_shift
+    const float* scale;                 // y = real * scale + shift; in chunks of 64 channels
+    const float* shift;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+enum Op : int64_t {
+    CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, AFFINE
+};
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -921,6 +935,30 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
     }
 }
 
+void affine(const Affine& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const __m512 source_scale = _mm512_set1_ps((float)c.source_scale), source_shift = _mm512_set1_ps((float)c.source_shift);
+    const int64_t total = c.images * c.pixels;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t image = work / c.pixels, pixel = work % c.pixels;
+        const uint8_t* from = buffers[c.source.buffer] + c.source.offset + image * c.source.image + pixel * c.source.pixel;
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image + pixel * c.result.pixel;
+        for (int64_t i = 0; i < c.channels; i += 64) {
+            __m512i q[4];
+            UNROLL for (int v = 0; v < 4; v++) {
+                const int64_t at = i + 16 * v;
+                const __m128i bytes = c.channels >= at + 16 ? _mm_loadu_si128((const __m128i*)(from + at))
+                                                            : _mm_maskz_loadu_epi8(first_floats(c.channels - at), from + at);
+                __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+                x = _mm512_fmadd_ps(x, source_scale, source_shift);
+                x = _mm512_add_ps(_mm512_mul_ps(x, _mm512_load_ps(c.scale + at)), _mm512_load_ps(c.shift + at));
+                q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
+            }
+            store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), c.channels - i);
+        }
+    }
+}
+
 // -------------------------------------------------------------------------------------------------- normalization
 
 void softmax(const float* from, float* to, int64_t count) {
@@ -1080,6 +1118,7 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
         case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
+        case AFFINE: return affine(*(const Affine*)step, buffers, thread, threads);
     }
 }
 
@@ -1099,6 +1138,7 @@ int64_t fxc_size(int64_t op) {
         case POINTWISE: return sizeof(Pointwise);
         case NORMALIZATION: return sizeof(Normalization);
         case PRODUCT: return sizeof(Product);
+        case AFFINE: return sizeof(Affine);
     }
     return 0;
 }

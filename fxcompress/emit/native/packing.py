@@ -54,13 +54,13 @@ def adaptive_windows(size: int, count: int, step: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def vectors(numbers: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Return one float32 number for each output channel, every `size` of them in whole vectors."""
+def vectors(numbers: torch.Tensor, size: int | None = None, lanes: int = LANES) -> torch.Tensor:
+    """Return one float32 number for each output channel, every `size` of them in whole vectors of `lanes` numbers."""
     size = len(numbers) if size is None else size
     groups = -(-len(numbers) // size)
     rows = torch.zeros(groups, size)
     rows.view(-1)[: len(numbers)] = numbers.detach().float()
-    padded = torch.zeros(groups, rounded_up(rows.shape[1], LANES))
+    padded = torch.zeros(groups, rounded_up(rows.shape[1], lanes))
     padded[:, : rows.shape[1]] = rows
     return aligned(padded)
 

@@ -165,6 +165,17 @@ class Product(Step):
     )  # fmt: skip
 
 
+class Affine(Step):
+    """A factor and a summand for each channel, of bytes."""
+
+    number = 10
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("pixels", _number),
+        ("channels", _number), ("source_scale", _real), ("source_shift", _real), ("scale", _pointer),
+        ("shift", _pointer), ("inverse", _real), ("zero", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
 KINDS: tuple[type[Step], ...] = (
-    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product,
+    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product, Affine,
 )  # fmt: skip
