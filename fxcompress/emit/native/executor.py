@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from fxcompress.emit.cpu_numbers import Kernel
 from fxcompress.emit.native import memory, steps
@@ -159,14 +159,12 @@ def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node,
     Raises:
         Unplannable: it is such a graph, or these are not inputs of it.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(graph_module)
-    try:
-        with torch.no_grad(), mode, _silence():
-            recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
-    except Exception as error:  # whatever a function of the user's makes of tensors without numbers
-        raise Unplannable from error
-    return recorder.values
+    for kind in (_MetaRecorder, _FakeRecorder):
+        recorder = kind(graph_module)
+        with torch.no_grad(), _silence(), contextlib.suppress(Exception):  # whatever users make of such tensors
+            recorder.record(inputs)
+            return recorder.values
+    raise Unplannable
 
 
 @contextlib.contextmanager
@@ -180,16 +178,16 @@ def _silence() -> Iterator[None]:
         logger.disabled = before
 
 
-def _faked(mode: FakeTensorMode, value: Any) -> Any:
-    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node made."""
+    """Runs a graph and keeps what each node made, as tensors of the device "meta"."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.values: dict[fx.Node, Any] = {}
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        """Run on tensors without numbers."""
+        raise NotImplementedError
 
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
@@ -197,11 +195,43 @@ class _Recorder(fx.Interpreter):
         return output
 
 
+class _MetaRecorder(_Recorder):
+    """On tensors of the device "meta" throughout: it is quick, and loads no further parts of PyTorch."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        self.run(*tree_map(_without_memory, list(inputs)))
+
+    def fetch_attr(self, target: str) -> Any:
+        return _without_memory(super().fetch_attr(target))
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: nn.Module = super().fetch_attr(target)
+        state = {name: _without_memory(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
+        return functional_call(module, state, args, kwargs)
+
+
+class _FakeRecorder(_Recorder):
+    """On tensors that pretend to be on the CPU, for code that makes tensors there itself."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        from torch._subclasses import fake_tensor  # loads much else
+
+        self.unset = fake_tensor.unset_fake_temporarily
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = [mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in tree_leaves(inputs)]
+            self.run(*tree_unflatten(faked, tree_structure(list(inputs))))
+
+    def run_node(self, n: fx.Node) -> Any:
+        output = fx.Interpreter.run_node(self, n)
+        with self.unset():
+            self.values[n] = tree_map(_without_memory, output)
+        return output
+
+
 def _without_memory(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    with unset_fake_temporarily():
-        return memory.meta_tensor(value.shape, value.dtype, value.stride())
+    return memory.meta_tensor(value.shape, value.dtype, value.stride())
 
 
 class BoundPlan:
