@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxcompress.emit.cpu_int8 import Int8Layer
+from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
 from fxcompress.emit.native.executor import Cache
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("auto", "graph")
 
 
-class CompactModule(fx.GraphModule):
+class CompactModule(NumbersInState, fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
     A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; the
@@ -81,7 +82,7 @@ class CompactModule(fx.GraphModule):
         """Forget what was derived from the tensors. To be called after changing them in place."""
         self._native = Cache()
         for module in self.modules():
-            if isinstance(module, Int8Layer):
+            if isinstance(module, Kernel):
                 module.repack()
 
     def train(self, mode: bool = True) -> CompactModule:
@@ -93,10 +94,14 @@ class CompactModule(fx.GraphModule):
         self._native = Cache()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `nn.Module`."""
-        self._native = Cache()
-        return super().load_state_dict(*args, **kwargs)
+    def state_numbers(self) -> dict[str, list[float]]:
+        """Return the numbers of grids that are written in the graph; a float graph has none."""
+        return numbers_of_graph(self)
+
+    def take_state_numbers(self, numbers: dict[str, list[float]]) -> None:
+        """Write other numbers into the graph."""
+        if take_numbers_of_graph(self, numbers):
+            self.recompile()
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, report: Report | None = None, executor: str = "auto") -> CompactModule:

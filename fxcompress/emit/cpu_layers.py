@@ -130,7 +130,7 @@ class Int8Layer(Kernel):
     # What is derived
 
     def repack(self) -> None:
-        """Forget what was derived from the tensors. To be called after changing them in place."""
+        """Forget what was derived from tensors and grids. To be called after changing them in place."""
         self._run = None
 
     def _prepare(self, input: torch.Tensor) -> Run:
@@ -246,10 +246,6 @@ class Int8Layer(Kernel):
                 setattr(self, name, before.to(after.device))
         self._run = None
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from fxcompress.emit.grid_state import NumbersInState, grids_of, take_grids
 from fxcompress.quant.spec import Grid
 
 #: The memory format in which kernels want images and volumes, by the number of dimensions.
@@ -27,8 +27,11 @@ def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
-class Kernel(nn.Module):
-    """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`."""
+class Kernel(NumbersInState):
+    """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`.
+
+    Every `Grid` among the attributes of a module is part of its state.
+    """
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain Python values that JSON can hold."""
@@ -43,6 +46,14 @@ class Kernel(nn.Module):
         """The config, for the printed module."""
         return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
+    def state_numbers(self) -> dict[str, list[float]]:
+        """Return the grids, by name."""
+        return grids_of(self)
+
+    def take_state_numbers(self, numbers: dict[str, list[float]]) -> None:
+        """Take other grids."""
+        take_grids(self, numbers)
+
 
 class Quantize(Kernel):
     """Real numbers to uint8, channels last where there are images.
@@ -54,6 +65,10 @@ class Quantize(Kernel):
     def __init__(self, grid: Sequence[Any]) -> None:
         super().__init__()
         self.grid = Grid.from_config(grid)
+        self._inverse = inverse(self.grid.scale)
+
+    def repack(self) -> None:
+        """Derive the factor anew."""
         self._inverse = inverse(self.grid.scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
