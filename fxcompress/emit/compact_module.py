@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxcompress.emit.cpu_numbers import Kernel
 from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
+from fxcompress.emit.input_errors import FAILURES, explain
 from fxcompress.emit.native.executor import Cache
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
@@ -51,6 +52,20 @@ class CompactModule(NumbersInState, fx.GraphModule):
     ) -> None:
         super().__init__(root, graph, class_name)
         self.report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            InputError: the graph is a lowered one, and failed on inputs unlike those that it was compiled with.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except FAILURES as error:
+            reason = explain(self, args, kwargs, error)
+            if reason is None:
+                raise
+            raise reason from error
 
     @property
     def executor(self) -> str:

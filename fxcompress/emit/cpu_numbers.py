@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxcompress.emit.grid_state import NumbersInState, grids_of, take_grids
+from fxcompress.errors import InputError
 from fxcompress.quant.spec import Grid
 
 #: The memory format in which kernels want images and volumes, by the number of dimensions.
@@ -72,7 +73,13 @@ class Quantize(Kernel):
         self._inverse = inverse(self.grid.scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the integers nearest to `input`, a float tensor of any shape."""
+        """Return the integers nearest to `input`, a float tensor of any shape.
+
+        Raises:
+            InputError: it is a tensor of integers.
+        """
+        if not input.dtype.is_floating_point:
+            raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
         memory_format = MEMORY_FORMATS.get(input.ndim)
         if memory_format is not None:
             input = input.contiguous(memory_format=memory_format)
