@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.cpu_numbers import Kernel, has_kernels
 from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
 from fxcompress.emit.input_errors import FAILURES, explain
 from fxcompress.emit.native.executor import Cache
@@ -59,6 +59,8 @@ class CompactModule(NumbersInState, fx.GraphModule):
         Raises:
             InputError: the graph is a lowered one, and failed on inputs unlike those that it was compiled with.
         """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and has_kernels(self):
+            return self._call_uncompiled(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except FAILURES as error:
@@ -66,6 +68,12 @@ class CompactModule(NumbersInState, fx.GraphModule):
             if reason is None:
                 raise
             raise reason from error
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="8-bit kernels run as they are: torch.compile has nothing to add to them, and cannot follow them"
+    )
+    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
 
     @property
     def executor(self) -> str:

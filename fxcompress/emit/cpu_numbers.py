@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxcompress.emit.grid_state import NumbersInState, grids_of, take_grids
-from fxcompress.errors import InputError
+from fxcompress.errors import InputError, UnsupportedError
 from fxcompress.quant.spec import Grid
 
 #: The memory format in which kernels want images and volumes, by the number of dimensions.
@@ -56,6 +57,11 @@ class Kernel(NumbersInState):
         take_grids(self, numbers)
 
 
+def has_kernels(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, is a module of a lowered graph."""
+    return any(isinstance(part, Kernel) for part in module.modules())
+
+
 class Quantize(Kernel):
     """Real numbers to uint8, channels last where there are images.
 
@@ -77,7 +83,13 @@ class Quantize(Kernel):
 
         Raises:
             InputError: it is a tensor of integers.
+            UnsupportedError: somebody looks on who cannot follow 8-bit kernels: `torch.jit`, or torch's ONNX exporter.
         """
+        if torch._C._get_tracing_state() is not None or (type(input) is not torch.Tensor and _is_for_onnx()):
+            raise UnsupportedError(
+                "torch.jit and torch.onnx cannot follow 8-bit kernels. Keep the module with save(path); for ONNX, end "
+                "the passes with 'insert-observers, calibrate, convert-observed' and call export_onnx(path)"
+            )
         if not input.dtype.is_floating_point:
             raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
         memory_format = MEMORY_FORMATS.get(input.ndim)
@@ -108,6 +120,10 @@ class Dequantize(Kernel):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {"grid": self.grid.config()}
+
+
+def _is_for_onnx() -> bool:
+    return bool(torch.onnx.is_in_onnx_export())
 
 
 def inverse(scale: float) -> float:

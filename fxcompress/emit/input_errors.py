@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.cpu_numbers import has_kernels
 from fxcompress.errors import InputError
 from fxcompress.graph.metadata import TensorInfo, info
 
@@ -30,7 +30,7 @@ def explain(
     Returns:
         None, if nothing about the inputs explains it. Another batch size, the same for all inputs, does not.
     """
-    if not any(isinstance(module, Kernel) for module in graph_module.modules()):
+    if not has_kernels(graph_module):
         return None
     placeholders = {str(node.target): node for node in graph_module.graph.find_nodes(op="placeholder")}
     problems = list(_misnamed(placeholders, arguments, keywords))
