@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxcompress.emit.cpu_int8 import Int8Add, Int8AvgPool, Int8Conv, Int8Layer, Int8Linear, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_int8 import (
+    Int8Add,
+    Int8Affine,
+    Int8AvgPool,
+    Int8Conv,
+    Int8Layer,
+    Int8Linear,
+    Int8MaxPool,
+    Int8Mul,
+)
 from fxcompress.emit.cpu_int8 import activation_of as kernel_activation
 from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
 from fxcompress.errors import OptionError
@@ -19,6 +29,7 @@ from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
 from fxcompress.pipeline.base import Note, PassResult
 from fxcompress.quant.arithmetic import quantize
 from fxcompress.quant.cpu import cpu_features
+from fxcompress.quant.folding import scale_and_shift
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid, QuantSpec
 
 
@@ -28,7 +39,8 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
     1. A convolution or linear layer with a quantised input and weight becomes one module, together with the residual
        add and the activation behind it and the quantisation of the result. Read by float operators only, the module
        produces float32 at once.
-    2. Sums, products with a gate, average and max pooling between quantised values become modules on integers.
+    2. Sums, products with a gate, batch norms, average and max pooling between quantised values become modules on
+       integers.
     3. Operators that only move numbers are applied to the integers.
     4. Everything else stays float. Between the two stand `Quantize` and `Dequantize`, wherever one is needed.
     5. A residual whose memory nobody needs any more is overwritten by the sum.
@@ -311,13 +323,15 @@ class _Lowering:
     def _start_computing(self, node: fx.Node) -> bool:
         """Find out whether a node computes on integers, and wait for the quantisation of its result."""
         last, relu = _only_reader(node), None
-        if last is not None and ops.kind(node) == "add" and ops.kind(last) == "relu":
+        if last is not None and ops.kind(node) in ("add", "batch_norm") and ops.kind(last) == "relu":
             relu, last = last, _only_reader(last)
         values = [value for value in node.all_input_nodes if value in self.integers]
         enough = len(values) >= 1 if ops.kind(node) == "mul" else len(values) == len(node.all_input_nodes)
         if last is None or not _is_pair(last) or not enough:
             return False
         pair = last
+        if ops.kind(node) == "batch_norm" and cast("_BatchNorm", ops.submodule(node)).training:
+            return False
         if ops.kind(node) in ("add", "mul") and not all(
             isinstance(ops.arguments(node)[side], fx.Node) for side in ("input", "other")
         ):
@@ -336,6 +350,14 @@ class _Lowering:
             build = Int8Add if ops.kind(node) == "add" else Int8Mul
             module = build(grids[0], grids[1], output.config(), relu is not None)
             inputs = [self.integers[one].node if one in self.integers else self._float(one) for one in operands]
+        elif ops.kind(node) == "batch_norm":
+            held = self.integers[given["input"]]
+            scale, shift = (part.detach() for part in scale_and_shift(cast("_BatchNorm", ops.submodule(node))))
+            module = Int8Affine(len(scale), held.grid.config(), output.config(), relu is not None)
+            module.scale.copy_(scale)
+            module.shift.copy_(shift)
+            module.to(scale.device)
+            inputs = [held.node]
         else:
             held = self.integers[given["input"]]
             dimensions = _SPATIAL.get(node.target, 0)
@@ -477,7 +499,7 @@ class _Lowering:
 
 
 #: Modules whose result never shares memory with their input.
-_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8AvgPool, Int8MaxPool)
+_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8Affine, Int8AvgPool, Int8MaxPool)
 
 #: Number of spatial dimensions of pooling functions.
 _SPATIAL: dict[Any, int] = {
@@ -486,7 +508,7 @@ _SPATIAL: dict[Any, int] = {
     for dimensions in (1, 2, 3)
 }
 
-_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean"})
+_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
 
 #: What becomes of operators that move numbers only.
 _MOVERS: dict[str, Callable[[_Lowering, fx.Node], None]] = {

@@ -2,8 +2,8 @@
 
 A value is quantised where an 8-bit layer reads it. Operators that only move numbers (cat, reshape, max pooling, ...)
 tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
-products with a gate, average pooling) are quantised as well if their inputs are 8-bit anyway. Everything else stays
-float, with a reason.
+products with a gate, average pooling, batch norms that no layer could take in) are quantised as well if their inputs
+are 8-bit anyway. Everything else stays float, with a reason.
 
 A grid that several values share is a compromise. So values are joined on one only if a kernel reads what they are
 joined to, and outputs of the model read them as they were before.
@@ -32,7 +32,10 @@ _MOVERS = frozenset(
 )  # fmt: skip
 
 #: Kinds that compute, and that 8-bit kernels exist for besides the layers.
-_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean"})
+_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
+
+#: Those whose kernels compute a relu behind them, too.
+_WITH_RELU = frozenset({"add", "batch_norm"})
 
 #: Kinds that compute no tensor worth a line in the ledger.
 _SILENT = frozenset({"placeholder", "output", "get_attr", "size", "ndim", "numel", "getattr", "item", "opaque_number"})
@@ -82,7 +85,8 @@ class QuantizationPlan:
     """What becomes 8-bit.
 
     anchors: the 8-bit layers. groups: the values to observe. computing: names of other nodes computed in 8 bits, and of
-    the relu behind a sum if there is one. reasons: why a layer or node stays float, by layer path or node name.
+    the relu behind a sum or batch norm if there is one. reasons: why a layer or node stays float, by layer path or
+    node name.
     """
 
     anchors: tuple[Anchor, ...]
@@ -210,7 +214,7 @@ class _Planner:
 
     def _available(self, value: fx.Node, computable: set[fx.Node]) -> bool:
         """Whether 8-bit kernels produce a value."""
-        starts = {_start_of_sum(node) for node in self._sources(self.leader[value])}
+        starts = {_before_relu(node) for node in self._sources(self.leader[value])}
         return all(node in self.regions or node in computable for node in starts)
 
     def _demanded(self, computable: set[fx.Node]) -> tuple[dict[fx.Node, str], set[fx.Node]]:
@@ -225,7 +229,7 @@ class _Planner:
                 continue
             demanded[leader] = layer
             for source in self._sources(leader):
-                start = _start_of_sum(source)
+                start = _before_relu(source)
                 if source in self.regions:
                     addends = self._addends(self.regions[source])
                     waiting += [(one, layer) for one in addends if self._available(one, computable)]
@@ -344,6 +348,8 @@ def _computes(node: fx.Node) -> bool:
     given = ops.arguments(node)
     if kind == "mean":
         return given["dtype"] is None and given["dim"] is not None
+    if kind == "batch_norm":
+        return _module(node).running_mean is not None
     if kind in ("add", "mul"):
         values = [given["input"], given["other"]]
         return "alpha" not in given and all(isinstance(value, fx.Node) and _float_values(value) for value in values)
@@ -359,10 +365,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [value for value in values if info(value).value.shape == shape] or values
 
 
-def _start_of_sum(node: fx.Node) -> fx.Node:
-    """The sum in front of a relu that nothing else reads: the kernel of the sum computes both. Else the node itself."""
+def _before_relu(node: fx.Node) -> fx.Node:
+    """What stands in front of a relu and nothing else reads, if its kernel computes both. Else the node itself."""
     if ops.kind(node) == "relu" and info(node).epilogue_of is None:
         (source,) = node.all_input_nodes
-        if ops.kind(source) == "add" and len(source.users) == 1 and info(source).epilogue_of is None:
+        if ops.kind(source) in _WITH_RELU and len(source.users) == 1 and info(source).epilogue_of is None:
             return source
     return node

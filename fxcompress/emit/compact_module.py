@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import fx, nn
 from fxcompress.emit.cpu_numbers import Kernel, has_kernels
 from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
 from fxcompress.emit.input_errors import FAILURES, explain
-from fxcompress.emit.native.executor import Cache
+from fxcompress.emit.native.executor import Cache, Unplannable
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import NodeInfo, info, set_info
@@ -94,9 +95,10 @@ class CompactModule(NumbersInState, fx.GraphModule):
         @functools.wraps(run_graph)
         def forward(self: CompactModule, *arguments: Any, **keywords: Any) -> Any:
             native = self._native.executor(self, (*arguments, *keywords.values()))
-            if native is None:
-                return run_graph(self, *arguments, **keywords)
-            return native(*arguments, **keywords)
+            if native is not None:
+                with contextlib.suppress(Unplannable):
+                    return native(*arguments, **keywords)
+            return run_graph(self, *arguments, **keywords)
 
         type(self).forward = forward  # fx gives every instance a class of its own
         return code

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from fxcompress.emit.cpu_layers import ACTIVATIONS, Int8Conv, Int8Layer, Int8Linear, activation_of
 from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
-from fxcompress.emit.cpu_pointwise import Int8Add, Int8AvgPool, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_pointwise import Int8Add, Int8Affine, Int8AvgPool, Int8MaxPool, Int8Mul
 
 __all__ = [
     "ACTIVATIONS",
     "MODULES",
     "Dequantize",
     "Int8Add",
+    "Int8Affine",
     "Int8AvgPool",
     "Int8Conv",
     "Int8Layer",
@@ -28,5 +29,5 @@ __all__ = [
 #: Every module class of a lowered CPU graph, by the name that the artefact writes.
 MODULES: dict[str, type[Kernel]] = {
     kernel.__name__: kernel
-    for kernel in (Quantize, Dequantize, Int8Conv, Int8Linear, Int8Add, Int8Mul, Int8MaxPool, Int8AvgPool)
+    for kernel in (Quantize, Dequantize, Int8Conv, Int8Linear, Int8Add, Int8Mul, Int8Affine, Int8MaxPool, Int8AvgPool)
 }

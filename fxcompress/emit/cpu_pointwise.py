@@ -1,4 +1,4 @@
-"""Sums, products and pooling of 8-bit values, as modules of a lowered CPU graph."""
+"""Sums, products, pooling and batch norms of 8-bit values, as modules of a lowered CPU graph."""
 
 from __future__ import annotations
 
@@ -105,6 +105,44 @@ class Int8Mul(_Binary):
         """Return the product of two tensors that broadcast to one shape, on the output grid."""
         first, second = self._numbers(left, right)
         return self._store(first * second)
+
+
+class Int8Affine(Kernel):
+    """A factor and a summand for each channel, as batch norm has them in evaluation mode.
+
+    Args:
+        channels: how many.
+        input, output: grids.
+        relu: whether negative results become zero.
+
+    Attributes:
+        scale, shift: float32 (channels,).
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, channels: int, input: Sequence[Any], output: Sequence[Any], relu: bool = False) -> None:
+        super().__init__()
+        self.input, self.output = Grid.from_config(input), Grid.from_config(output)
+        self.relu = bool(relu)
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("shift", torch.zeros(channels))
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "channels": len(self.scale),
+            "input": self.input.config(),
+            "output": self.output.config(),
+            "relu": self.relu,
+        }
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return y = x scale + shift for a tensor (n, channels, ...) on the input grid, on the output grid."""
+        shape = (-1, *[1] * (input.ndim - 2))
+        result = torch.addcmul(self.shift.view(shape), real(input, self.input), self.scale.view(shape))
+        return integers(result.relu_() if self.relu else result, self.output)
 
 
 class Int8MaxPool(Kernel):

@@ -23,6 +23,7 @@ from fxcompress.emit.cpu_int8 import (
     MODULES,
     Dequantize,
     Int8Add,
+    Int8Affine,
     Int8AvgPool,
     Int8Conv,
     Int8Layer,
@@ -319,6 +320,25 @@ def test_sums_and_products_equal_those_of_the_real_numbers(relu: bool, shape: tu
         assert not list(module.buffers())
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(4, 24), (2, 24, 5), (2, 6, 5, 7), (2, 3, 4, 5, 6)])
+def test_an_affine_layer_equals_that_of_the_real_numbers(relu: bool, shape: tuple[int, ...]) -> None:
+    input, output = Grid(0.03125, 128), Grid(0.046875, 60)
+    layer, x = Int8Affine(shape[1], input.config(), output.config(), relu), integers(*shape)
+    layer.scale.copy_(torch.randn(shape[1]))
+    layer.shift.copy_(torch.randn(shape[1]))
+    column = (-1, *[1] * (len(shape) - 2))
+    exact = oracle.from_grid(x, input) * layer.scale.double().view(column) + layer.shift.double().view(column)
+    found = layer(x)
+    expected = ((exact.relu() if relu else exact) / output.scale).round().add(output.zero_point).clamp(0, 255)
+    assert found.dtype == torch.uint8
+    assert (found - expected).abs().max() <= 1
+    assert (found != expected).double().mean() < 0.01  # between two integers
+    again = Int8Affine.from_config(layer.config())
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), found)
+
+
 @given(scale=st.floats(1e-6, 1e3), zero_point=st.integers(0, 255), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_quantisation_equals_the_pair_bit_for_bit(scale: float, zero_point: int, seed: int) -> None:
@@ -429,7 +449,7 @@ def test_every_module_is_listed_and_described_by_plain_values() -> None:
         small_layer(), Int8Linear(2, 3, False, SIGNED.config(), None, ("gelu", "none"), "float", True),
         Quantize(SIGNED.config()), Dequantize(SIGNED.config()), Int8MaxPool([2, 2], [2, 2], [0, 0], [1, 1], False),
         Int8Add(SIGNED.config(), POSITIVE.config(), SIGNED.config(), True),
-        Int8Mul(SIGNED.config(), None, SIGNED.config()),
+        Int8Mul(SIGNED.config(), None, SIGNED.config()), Int8Affine(3, SIGNED.config(), POSITIVE.config(), True),
         Int8AvgPool(SIGNED.config(), POSITIVE.config(), "mean", 0, {"dim": [2, 3]}),
     ]  # fmt: skip
     assert {type(module).__name__ for module in modules} == set(MODULES)

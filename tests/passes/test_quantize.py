@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.analysis.quantization import plan_quantization
-from fxcompress.emit.cpu_int8 import Int8Add, Int8Conv, Int8Layer, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_int8 import Int8Add, Int8Affine, Int8Conv, Int8Layer, Int8MaxPool, Int8Mul
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.compare import run
@@ -44,6 +44,11 @@ class Net(nn.Module):
         self.mirror = nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1)
         self.even = nn.Conv2d(4, 4, (2, 4), padding="same")
         self.position = nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.scaled, self.joined = nn.BatchNorm2d(4), nn.BatchNorm2d(8)
+        for norm in (self.scaled, self.joined):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.get_buffer("running_mean"))
+            nn.init.uniform_(norm.get_buffer("running_var"), 0.5, 2.0)
         self.function = forward
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -282,6 +287,10 @@ FORWARDS: dict[str, Forward] = {
     "sizes read from values": lambda net, x: net.head((y := net.a(x)).reshape(y.shape[0], -1)),
     "average over windows": lambda net, x: net.c(F.avg_pool2d(net.a(x), 3, 2, 1)),
     "mean": lambda net, x: net.fc(F.relu(net.a(x)).mean([2, 3])),
+    "norm of a sum": lambda net, x: net.c(F.relu(net.scaled(F.relu(net.a(x)) + F.relu(net.b(x))))),
+    "norm of joined values": lambda net, x: (
+        net.wide(y := net.joined(torch.cat([net.a(x), net.b(x)], 1))) * F.softplus(y)[:, :4]
+    ),
 }
 
 
@@ -341,6 +350,10 @@ def test_sums_and_products_have_modules_of_their_own() -> None:
     assert isinstance(modules[-1], Int8Add)
     assert modules[-1].relu
     assert any(isinstance(module, Int8Mul) for module in stages(FORWARDS["gate"])["lower"].modules())
+    for case, relu in (("norm of a sum", True), ("norm of joined values", False)):
+        lowered = stages(FORWARDS[case])["lower"]
+        assert [module.relu for module in lowered.modules() if isinstance(module, Int8Affine)] == [relu]
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in lowered.modules())
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from fxcompress.emit.native.memory import SLACK, View
 from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
 
 
+class Unplannable(Exception):
+    """The graph itself has to run: what it does depends on more than the shapes of its inputs."""
+
+
 class Cache:
     """The executor of one graph, made when it is first needed; never copied and never pickled."""
 
@@ -25,11 +31,13 @@ class Cache:
         self.made: Executor | None = None
         self.useless = False
         self.layers: list[nn.Module] = []
+        self.parameters: list[nn.Parameter] = []
 
     def executor(self, graph_module: Any, arguments: tuple[Any, ...]) -> Executor | None:
         """Return what runs a graph on these arguments, or None if the graph itself shall.
 
-        That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, or a hook.
+        That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, a hook, or
+        autograd.
         """
         if self.useless or graph_module.executor != "auto":
             return None
@@ -47,6 +55,8 @@ class Cache:
             return None
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
             return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
+            return None
         return self.made
 
     def _make(self, graph_module: fx.GraphModule) -> None:
@@ -54,6 +64,7 @@ class Cache:
         self.useless = kernels is None
         if kernels is not None:
             self.layers = [module for name, module in graph_module.named_modules() if name]
+            self.parameters = list(graph_module.parameters())
             self.made = Executor(graph_module, kernels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
@@ -79,24 +90,41 @@ class Executor:
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library
         self.packed: dict[Any, Any] = {}
-        self.plans: dict[Any, BoundPlan] = {}
+        self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run on inputs of any shape; the arguments are those of the graph's placeholders."""
+        """Run on inputs of any shape; the arguments are those of the graph's placeholders.
+
+        Raises:
+            Unplannable: the graph itself has to run.
+        """
         inputs = _positional(self.graph_module, arguments, keywords) if keywords else list(arguments)
         leaves, structure = tree_flatten(inputs)
         key = (structure, *(_signature(leaf) for leaf in leaves))
-        plan = self.plans.get(key) or self._add(key, inputs)
-        return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        try:
+            known = key in self.plans
+        except TypeError:  # an argument that has no hash
+            raise Unplannable from None
+        plan = self.plans.get(key) if known else self._add(key, inputs)
+        if plan is None:
+            raise Unplannable
+        try:
+            return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        except Unplannable:
+            self.plans[key] = None
+            raise
 
-    def _add(self, key: Any, inputs: list[Any]) -> BoundPlan:
+    def _add(self, key: Any, inputs: list[Any]) -> BoundPlan | None:
         """Plan for inputs of these shapes."""
-        inputs = _positional(self.graph_module, tuple(inputs), {})
-        plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
-        single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
+        bound: BoundPlan | None = None
+        with contextlib.suppress(Unplannable):
+            inputs = _positional(self.graph_module, tuple(inputs), {})
+            plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
+            single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
+            bound = BoundPlan(plan, self.library, single)
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
-        self.plans[key] = bound = BoundPlan(plan, self.library, single)
+        self.plans[key] = bound
         return bound
 
     def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
@@ -104,7 +132,7 @@ class Executor:
         one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
         try:
             plan = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
-        except Exception:  # sizes are written in the graph that fit no other batch
+        except Unplannable:  # sizes are written in the graph that fit no other batch
             return None
         return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
 
@@ -120,24 +148,36 @@ def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywor
 def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    return value
+    return type(value), value
 
 
 def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
     """Return what each node makes of these inputs, tensors without their memory.
 
-    Nothing is computed, unless a node needs to see real numbers.
+    Nothing is computed. A graph that asks for numbers, or makes tensors whose shapes depend on them, is refused.
+
+    Raises:
+        Unplannable: it is such a graph, or these are not inputs of it.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad():
-        try:
-            recorder = _Recorder(graph_module)
-            with mode:
-                recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
-        except Exception:  # whatever a function of the user's makes of tensors without numbers
-            recorder = _Recorder(graph_module)
-            recorder.run(*inputs)
+    recorder = _Recorder(graph_module)
+    try:
+        with torch.no_grad(), mode, _silence():
+            recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
+    except Exception as error:  # whatever a function of the user's makes of tensors without numbers
+        raise Unplannable from error
     return recorder.values
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch from logging errors that are expected."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _faked(mode: FakeTensorMode, value: Any) -> Any:
@@ -206,11 +246,17 @@ class BoundPlan:
         with torch.no_grad():
             result = call.function(*arguments, **keywords)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if [_kind_of(tensor) for tensor in made] != [_kind_of(view.meta) for view in call.results]:
+            raise Unplannable  # a function whose results depend on more than shapes
         for view, tensor in zip(call.results, made, strict=True):
             if tensor.stride() != view.meta.stride() or room.holds(tensor):
                 tensor = torch.empty_strided(tensor.shape, view.meta.stride(), dtype=tensor.dtype).copy_(tensor)
             held[view.buffer.index] = tensor
             room.pointers[view.buffer.index] = tensor.data_ptr() - view.offset
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def images_of(plan: Plan) -> int:
@@ -301,7 +347,6 @@ class _Memory:
         self.shift = self.start - self.arena.data_ptr()
         self.offsets = bound.offsets
         self.pointers = (ctypes.c_void_p * max(1, len(bound.plan.buffers)))()
-        self.views: dict[int, torch.Tensor] = {}
         for index, offset in bound.offsets.items():
             self.pointers[index] = self.start + offset
         self.constants = bound.plan.constants

@@ -27,7 +27,7 @@
 namespace {
 
 constexpr int64_t OUTSIDE = -(int64_t(1) << 40);  // a row or column in the padding; a sum with it is below zero
-constexpr int MAX_TAPS = 1024;
+constexpr int MAX_PLACES = 1024;  // of a window
 
 enum Kind : int64_t { FLOAT = 0, BYTES = 1 };
 enum Activation : int64_t { NONE = 0, CLAMP, HARDSWISH, SILU, GELU, GELU_TANH, LEAKY, TANH, SIGMOID, HARDSIGMOID };
@@ -88,8 +88,8 @@ struct Pooling {
     int64_t average;  // 0: maximum
     int64_t count_padding;
     int64_t source_zero;
-    double factor, shift;  // average: y = (sum / count - source_zero) * factor + shift, as finish.kind says
-    int64_t kind, zero, low, high;
+    double factor;  // average: y = (sum / count - source_zero) * factor, to bytes
+    int64_t zero, low, high;
 };
 
 // Real numbers to bytes, from any strides to N, H, W, C.
@@ -119,16 +119,17 @@ struct Fill {
 
 // One operand of a pointwise step.
 struct Operand {
-    int64_t shape;  // 0: a number for each element, 1: for each channel of each image, 2: for each channel, 3: one
+    int64_t shape;  // see below
     int64_t kind;
     Place place;
-    const float* numbers;  // shapes 2 and 3
-    double scale, shift;   // of bytes: real = byte * scale + shift
+    double scale, shift;  // of bytes: real = byte * scale + shift; of one number for all elements: the number
 };
 
+enum Shape : int64_t { ELEMENT = 0, IMAGE_CHANNEL, WHOLE };  // what there is a number for
+
 struct Operation {
-    int64_t code;  // see below
-    int64_t first, second;
+    int64_t code;           // see below
+    int64_t first, second;  // LOAD: operand; ACTIVATE: operation, activation; else: operations
     double argument0, argument1;
 };
 enum Code : int64_t { LOAD = 0, ADD, SUBTRACT, MULTIPLY, DIVIDE, ACTIVATE };
@@ -174,7 +175,21 @@ struct Product {
     double factor;
 };
 
-enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT };
+// A factor and a summand for each channel: bytes to real numbers and back to bytes.
+struct Affine {
+    int64_t op;
+    Place source, result;
+    int64_t images, pixels, channels;
+    double source_scale, source_shift;  // real = byte * source_scale + source_shift
+    const float* scale;                 // y = real * scale + shift; in chunks of 64 channels
+    const float* shift;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+enum Op : int64_t {
+    CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, AFFINE
+};
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -453,7 +468,7 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
     if (residual) residual += image * f.residual.image + pixel * f.residual.pixel;
     const int64_t* rows = c.rows + row * c.rows_of_window;
     const int64_t* columns = c.columns + column * c.columns_of_window;
-    const uint8_t* places[14 * MAX_TAPS];
+    const uint8_t* places[14 * MAX_PLACES];
     uint8_t* results[14];
     const uint8_t* residuals[14];
     for (int64_t i = 0; i < pieces; i++) {
@@ -677,11 +692,9 @@ void convolve_depthwise(const Depthwise& c, uint8_t* const* buffers, int thread,
 // -------------------------------------------------------------------------------------------------------- pooling
 
 void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
-    const int64_t size = c.kind == FLOAT ? 4 : 1, pixels = c.images * c.height * c.width;
-    const int64_t vectors = (c.channels + 15) / 16, wide = c.average ? 16 : 64;
+    const int64_t pixels = c.images * c.height * c.width, wide = c.average ? 16 : 64;
     const int64_t chunks = (c.channels + wide - 1) / wide, total = chunks * pixels;
     const Limits limits(1.0, c.zero, c.low, c.high);
-    (void)vectors;
     for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
         const int64_t pixel = work / chunks, chunk = work % chunks;
         const int64_t image = pixel / (c.height * c.width), row = pixel / c.width % c.height, column = pixel % c.width;
@@ -690,7 +703,7 @@ void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
         const int64_t* rows = c.rows + row * c.rows_of_window;
         const int64_t* columns = c.columns + column * c.columns_of_window;
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
-                      (row * c.width + column) * c.result.pixel + wide * chunk * size;
+                      (row * c.width + column) * c.result.pixel + wide * chunk;
         if (!c.average) {
             const __mmask64 mask = first_bytes(count);
             __m512i best = _mm512_setzero_si512();
@@ -718,14 +731,9 @@ void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
         const int64_t divisor = c.count_padding ? c.rows_of_window * c.columns_of_window : inside;
         const float zero = (float)(inside * c.source_zero), factor = (float)(c.factor / (double)divisor);
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(zero)), _mm512_set1_ps(factor));
-        if (c.kind == FLOAT) {
-            _mm512_mask_storeu_ps((float*)to, mask, y);
-        } else {
-            __m512i q[4] = {_mm512_cvtps_epi32(y), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                            _mm512_setzero_si512()};
-            __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
-            _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(bytes));
-        }
+        const __m512i nothing = _mm512_setzero_si512(), q[4] = {_mm512_cvtps_epi32(y), nothing, nothing, nothing};
+        const __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+        _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(bytes));
     }
 }
 
@@ -842,34 +850,29 @@ void fill(const Fill& c, uint8_t* const* buffers, int thread, int threads) {
 void load(const Operand& o, const uint8_t* base, int64_t image, int64_t pixel, int64_t pixels, int64_t channel,
           int64_t channels, float* to) {
     const int64_t count = pixels * channels;
-    if (o.shape == 3) {
-        for (int64_t i = 0; i < count; i++) to[i] = o.numbers[0];
+    if (o.shape == WHOLE) {
+        std::fill(to, to + count, (float)o.shift);
         return;
     }
-    for (int64_t p = 0; p < pixels; p++, to += channels) {
-        const int64_t width = o.shape == 0 && o.place.pixel == channels * (o.kind == FLOAT ? 4 : 1) ? count : channels;
-        if (o.shape == 2) {
-            std::memcpy(to, o.numbers + channel, 4 * channels);
-        } else {
-            const uint8_t* from = base + image * o.place.image + (o.shape == 0 ? (pixel + p) * o.place.pixel : 0) +
-                                  channel * (o.kind == FLOAT ? 4 : 1);
-            if (o.kind == FLOAT) {
-                std::memcpy(to, from, 4 * width);
-            } else {
-                const __m512 scale = _mm512_set1_ps((float)o.scale), shift = _mm512_set1_ps((float)o.shift);
-                for (int64_t i = 0; i < width; i += 16) {
-                    const __mmask16 mask = first_floats(width - i);
-                    __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i)));
-                    _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(x, scale, shift));
-                }
-            }
-            if (width == count && o.shape == 0) return;
+    const int64_t size = o.kind == FLOAT ? 4 : 1, step = o.shape == ELEMENT ? o.place.pixel : 0;
+    const int64_t width = step == channels * size ? count : channels;  // numbers that lie side by side
+    const uint8_t* from = base + image * o.place.image + pixel * step + channel * size;
+    for (int64_t done = 0; done < count; done += width, to += width, from += step) {
+        if (o.kind == FLOAT) {
+            std::memcpy(to, from, 4 * width);
+            continue;
+        }
+        const __m512 scale = _mm512_set1_ps((float)o.scale), shift = _mm512_set1_ps((float)o.shift);
+        for (int64_t i = 0; i < width; i += 16) {
+            const __mmask16 mask = first_floats(width - i);
+            __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i)));
+            _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(x, scale, shift));
         }
     }
 }
 
 void operate(const Operation& o, float registers[][CHUNK], float* to, int64_t count) {
-    const float *a = registers[o.first], *b = registers[o.second];
+    const float *a = registers[o.first], *b = o.code == ACTIVATE ? a : registers[o.second];
     for (int64_t i = 0; i < count; i += 16) {
         const __m512 x = _mm512_load_ps(a + i), y = _mm512_load_ps(b + i);
         __m512 z;
@@ -881,6 +884,17 @@ void operate(const Operation& o, float registers[][CHUNK], float* to, int64_t co
             default: z = activate(x, (int64_t)o.second, (float)o.argument0, (float)o.argument1);
         }
         _mm512_store_ps(to + i, z);
+    }
+}
+
+void to_bytes(const float* from, uint8_t* to, int64_t count, const Limits& limits) {
+    for (int64_t i = 0; i < count; i += 64) {
+        __m512i q[4];
+        UNROLL for (int v = 0; v < 4; v++) {
+            const __m512 x = _mm512_maskz_loadu_ps(first_floats(count - i - 16 * v), from + i + 16 * v);
+            q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
+        }
+        store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), count - i);
     }
 }
 
@@ -900,7 +914,7 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
             const Operation& o = c.operation[i];
             if (o.code == LOAD) {
                 const Operand& from = c.operand[o.first];
-                const uint8_t* base = from.shape < 2 ? buffers[from.place.buffer] + from.place.offset : nullptr;
+                const uint8_t* base = from.shape == WHOLE ? nullptr : buffers[from.place.buffer] + from.place.offset;
                 load(from, base, image, pixel, pixels, channel, channels, registers[i]);
             } else {
                 operate(o, registers, registers[i], count);
@@ -916,14 +930,31 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
                 std::memcpy(to, last, 4 * numbers);
                 continue;
             }
-            for (int64_t i = 0; i < numbers; i += 64) {
-                __m512i q[4];
-                UNROLL for (int v = 0; v < 4; v++) {
-                    const __m512 x = _mm512_maskz_loadu_ps(first_floats(numbers - i - 16 * v), last + i + 16 * v);
-                    q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
-                }
-                store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), numbers - i);
+            to_bytes(last, to, numbers, limits);
+        }
+    }
+}
+
+void affine(const Affine& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const __m512 source_scale = _mm512_set1_ps((float)c.source_scale), source_shift = _mm512_set1_ps((float)c.source_shift);
+    const int64_t total = c.images * c.pixels;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t image = work / c.pixels, pixel = work % c.pixels;
+        const uint8_t* from = buffers[c.source.buffer] + c.source.offset + image * c.source.image + pixel * c.source.pixel;
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image + pixel * c.result.pixel;
+        for (int64_t i = 0; i < c.channels; i += 64) {
+            __m512i q[4];
+            UNROLL for (int v = 0; v < 4; v++) {
+                const int64_t at = i + 16 * v;
+                const __m128i bytes = c.channels >= at + 16 ? _mm_loadu_si128((const __m128i*)(from + at))
+                                                            : _mm_maskz_loadu_epi8(first_floats(c.channels - at), from + at);
+                __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+                x = _mm512_fmadd_ps(x, source_scale, source_shift);
+                x = _mm512_add_ps(_mm512_mul_ps(x, _mm512_load_ps(c.scale + at)), _mm512_load_ps(c.shift + at));
+                q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
             }
+            store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), c.channels - i);
         }
     }
 }
@@ -955,12 +986,14 @@ void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int 
     const Limits limits(c.inverse, c.zero, c.low, c.high);
     const int64_t size = c.kind == FLOAT ? 4 : 1, vectors = (c.channels + 15) / 16;
     const __mmask16 tail = first_floats(c.channels - 16 * (vectors - 1));
+    float* row_of_numbers = c.softmax && c.kind != FLOAT ? (float*)scratch(4 * c.channels) : nullptr;
     auto part = [&](int64_t v) -> __mmask16 { return v + 1 < vectors ? (__mmask16)0xFFFF : tail; };
     for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
         const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
         if (c.softmax) {
-            softmax(from, (float*)to, c.channels);
+            softmax(from, c.kind == FLOAT ? (float*)to : row_of_numbers, c.channels);
+            if (c.kind != FLOAT) to_bytes(row_of_numbers, to, c.channels, limits);
             continue;
         }
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
@@ -1085,6 +1118,7 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
         case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
+        case AFFINE: return affine(*(const Affine*)step, buffers, thread, threads);
     }
 }
 
@@ -1104,6 +1138,7 @@ int64_t fxc_size(int64_t op) {
         case POINTWISE: return sizeof(Pointwise);
         case NORMALIZATION: return sizeof(Normalization);
         case PRODUCT: return sizeof(Product);
+        case AFFINE: return sizeof(Affine);
     }
     return 0;
 }
