@@ -136,7 +136,7 @@ def compress(
     seed: Seed = 0,
 ) -> None:
     """Compile a model and save it."""
-    from fxcompress.sources import call_function, find_calibration, find_model
+    from fxcompress.sources import find_calibration, find_model, named_value
 
     for destination in report or ():
         _check_destination(destination)
@@ -153,8 +153,8 @@ def compress(
         target=target,
         verify=verify,
         calibration=None if calibration is None else find_calibration(calibration, source.example_inputs),
-        train_data=None if train_data is None else call_function(train_data),
-        validation=None if validation is None else call_function(validation),
+        train_data=None if train_data is None else named_value(train_data),
+        validation=None if validation is None else named_value(validation),
     )
     compact.save(out)
     if not processes.is_main():
@@ -263,12 +263,12 @@ def _sensitivity(
     """Measure how each family of channels matters; print a table, and write the plot and the figures."""
     from fxcompress.analysis.sensitivity_plot import plot as draw
     from fxcompress.bench import write_json
-    from fxcompress.sources import call_function, find_calibration
+    from fxcompress.sources import find_calibration, named_value
 
     for remark in source.remarks:
         _warn(remark)
     if labelled is not None:
-        data, loss = call_function(labelled[0]), labelled[1]
+        data, loss = named_value(labelled[0]), labelled[1]
     else:
         data, loss = find_calibration(calibration or "random", source.example_inputs), None
     found = fxcompress.sensitivity(source.model, source.example_inputs, data, loss)

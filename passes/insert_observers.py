@@ -72,7 +72,8 @@ class InsertObservers(ObserverOptions):
        trained and quantised graphs have one shape and gradients reach the weight. The weight keeps its path.
     3. There is no observer between a layer and the activation or residual add that its kernel computes as well
        (`FuseActivation` marks them); the observer stands behind the last of them.
-    4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer.
+    4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer. Outputs of the model
+       read such values before the observer, so that they do not get coarser than they are.
     5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
     6. Observers return what they are given, so the graph computes what it did before.
 
@@ -239,7 +240,7 @@ class _Insertion:
         observer = self.options.fake_quantizer(self._choice(group.layer).activation_observer())
         for name in group.values:
             value = self.nodes[name]
-            readers = list(value.users)
+            readers = [reader for reader in value.users if reader.name not in group.outside]
             with self.graph.inserting_after(value):
                 observed = self._call(group.name, observer, value)
             for reader in readers:

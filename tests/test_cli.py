@@ -44,6 +44,10 @@ def data():
 def labelled():
     return [(torch.randn(4, 1, 8, 8), torch.randint(4, (4,)))]
 
+batches = [torch.randn(4, 1, 8, 8) for _ in range(2)]
+ready = Net()
+ready_with_inputs = Net(), torch.randn(2, 1, 8, 8)
+
 def nothing():
     return "text"
 
@@ -176,6 +180,14 @@ def test_passes_lists_every_pass_with_its_options(run: Run) -> None:
     assert "small-int8: " in output
 
 
+@pytest.mark.parametrize("data", ["zoo.py:batches", "zoo.py:data"])
+@pytest.mark.parametrize("model", [("zoo.py:ready_with_inputs",), ("zoo.py:ready", "--input-shape", "2,1,8,8")])
+def test_values_of_a_file_do_as_functions_do(run: Run, folder: Path, model: tuple[str, ...], data: str) -> None:
+    code, _, errors = run("compress", *model, "--passes", "int8", "--out", "m.fxc", "--calibration", data)
+    assert (code, errors) == (0, "")
+    assert (folder / "m.fxc").is_file()
+
+
 MISTAKES = {
     "unknown model": (("inspect", "resnt18"), r"'resnt18' is no torchvision model.*did you mean 'resnet"),
     "unknown pass": (("compress", "zoo.py:with_inputs", "--passes", "fus", "--out", "m"), "did you mean 'fuse'"),
@@ -196,7 +208,7 @@ MISTAKES = {
         ("compress", "zoo.py:with_inputs", "--passes", "qat", "--out", "m.fxc"), "give --train-data",
     ),
     "no such file": (("inspect", "no.py:net"), "there is no file"),
-    "no such function": (("inspect", "zoo.py:nett"), "zoo.py has no function 'nett'; did you mean 'net'"),
+    "no such function": (("inspect", "zoo.py:nett"), "zoo.py has no function or value 'nett'; did you mean 'net'"),
     "no module": (("inspect", "zoo.py:nothing"), "returned a str"),
     "raises": (("inspect", "zoo.py:broken"), "raised RuntimeError: no weights here"),
     "no shape": (("inspect", "zoo.py:net"), "give --input-shape"),

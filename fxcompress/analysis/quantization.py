@@ -4,6 +4,9 @@ A value is quantised where an 8-bit layer reads it. Operators that only move num
 tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
 products with a gate, average pooling, batch norms that no layer could take in) are quantised as well if their inputs
 are 8-bit anyway. Everything else stays float, with a reason.
+
+A grid that several values share is a compromise. So values are joined on one only if a kernel reads what they are
+joined to, and outputs of the model read them as they were before.
 """
 
 from __future__ import annotations
@@ -63,11 +66,13 @@ class GridGroup:
     """Values that share one scale and zero point, and so one observer.
 
     values: names of the nodes that produce them, in order. layer: path of the 8-bit layer whose choice of observer
-    they follow: the one that produces the first of them, or else one that reads them.
+    they follow: the one that produces the first of them, or else one that reads them. outside: names of the nodes that
+    read the values as they are, before they are brought onto the grid.
     """
 
     values: tuple[str, ...]
     layer: str
+    outside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -158,10 +163,29 @@ class _Planner:
     def _tie_movers(self) -> None:
         for node in self.graph.nodes:
             self.leader[node], self.members[node] = node, [node]
+        read = self._read_by_kernels()
         for node in self.graph.nodes:
-            if moves(node):
-                for source in data_inputs(node):
+            sources = data_inputs(node) if moves(node) else []
+            if len(sources) == 1 or node in read:
+                for source in sources:
                     self._tie(source, node)
+
+    def _read_by_kernels(self) -> set[fx.Node]:
+        """Nodes whose numbers an 8-bit kernel may read, behind operators that move them."""
+        inside = {node for nodes in self.regions.values() for node in nodes}
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if any(user in inside or _computes(user) or (moves(user) and user in found) for user in node.users):
+                found.add(node)
+        return found
+
+    def _only_outputs(self) -> set[fx.Node]:
+        """The model's output, and nodes that move numbers to it and nowhere else."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or (moves(node) and all(user in found for user in node.users)):
+                found.add(node)
+        return found
 
     def _tie(self, left: fx.Node, right: fx.Node) -> None:
         keep, lose = self.leader[left], self.leader[right]
@@ -226,13 +250,16 @@ class _Planner:
 
     def _groups(self, demanded: dict[fx.Node, str]) -> Iterator[GridGroup]:
         order = {node: index for index, node in enumerate(self.graph.nodes)}
+        outputs = self._only_outputs()
         found = []
         for leader, layer in demanded.items():
             sources = sorted(self._sources(leader), key=order.__getitem__)
             producers = [str(self.regions[source][0].target) for source in sources if source in self.regions]
             found.append((order[sources[0]], sources, producers[0] if producers else layer))
         for _, sources, layer in sorted(found, key=lambda item: item[0]):
-            yield GridGroup(tuple(source.name for source in sources), layer)
+            outside = {reader for source in sources for reader in source.users} & outputs if len(sources) > 1 else set()
+            outside_names = tuple(node.name for node in sorted(outside, key=order.__getitem__))
+            yield GridGroup(tuple(source.name for source in sources), layer, outside_names)
 
     # The ledger
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxcompress.emit.cpu_int8 import Int8Layer
+from fxcompress.emit.cpu_numbers import Kernel, has_kernels
+from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
+from fxcompress.emit.input_errors import FAILURES, explain
 from fxcompress.emit.native.executor import Cache, Unplannable
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("auto", "graph")
 
 
-class CompactModule(fx.GraphModule):
+class CompactModule(NumbersInState, fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
     A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; the
@@ -51,6 +53,28 @@ class CompactModule(fx.GraphModule):
     ) -> None:
         super().__init__(root, graph, class_name)
         self.report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            InputError: the graph is a lowered one, and failed on inputs unlike those that it was compiled with.
+        """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and has_kernels(self):
+            return self._call_uncompiled(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except FAILURES as error:
+            reason = explain(self, args, kwargs, error)
+            if reason is None:
+                raise
+            raise reason from error
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="8-bit kernels run as they are: torch.compile has nothing to add to them, and cannot follow them"
+    )
+    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
 
     @property
     def executor(self) -> str:
@@ -83,7 +107,7 @@ class CompactModule(fx.GraphModule):
         """Forget what was derived from the tensors. To be called after changing them in place."""
         self._native = Cache()
         for module in self.modules():
-            if isinstance(module, Int8Layer):
+            if isinstance(module, Kernel):
                 module.repack()
 
     def train(self, mode: bool = True) -> CompactModule:
@@ -95,9 +119,14 @@ class CompactModule(fx.GraphModule):
         self._native = Cache()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._native = Cache()  # called for a part of a larger module, too
-        super()._load_from_state_dict(*args, **kwargs)
+    def state_numbers(self) -> dict[str, list[float]]:
+        """Return the numbers of grids that are written in the graph; a float graph has none."""
+        return numbers_of_graph(self)
+
+    def take_state_numbers(self, numbers: dict[str, list[float]]) -> None:
+        """Write other numbers into the graph."""
+        if take_numbers_of_graph(self, numbers):
+            self.recompile()
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, report: Report | None = None, executor: str = "auto") -> CompactModule:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fxcompress.emit import onednn
 from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
-from fxcompress.errors import OptionError
+from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
 
@@ -130,7 +130,7 @@ class Int8Layer(Kernel):
     # What is derived
 
     def repack(self) -> None:
-        """Forget what was derived from the tensors. To be called after changing them in place."""
+        """Forget what was derived from tensors and grids. To be called after changing them in place."""
         self._run = None
 
     def _prepare(self, input: torch.Tensor) -> Run:
@@ -151,17 +151,36 @@ class Int8Layer(Kernel):
         if self.residual is None and word in self._words():
             return self._clamped(
                 onednn.ByShape(
-                    lambda x: self._primitive(x, word, arguments, algorithm),
+                    lambda x: self._primitive(self._fitting(x), word, arguments, algorithm),
                     lambda x: self._kernel(x, word, arguments, algorithm),
                 )
             )
         same_kind = isinstance(self.residual, Grid) == (self.output is not None)
         if self.residual is not None and same_kind and word in self._summing_words():
             kernel = onednn.ByShape(
-                lambda x: self._primitive(x, word, arguments, algorithm), lambda x: self._summing_kernel(x, word)
+                lambda x: self._primitive(self._fitting(x), word, arguments, algorithm),
+                lambda x: self._summing_kernel(x, word),
             )
             return self._summing(self._clamped(kernel))
         return self._finishing_outside(input)
+
+    def _fitting(self, input: torch.Tensor) -> torch.Tensor:
+        """Return an input of a new shape, for which kernels, that look at addresses only, are about to be made.
+
+        Raises:
+            InputError: the layer does not take this shape.
+        """
+        count, axis = self._inputs()
+        if input.ndim < -axis or input.shape[axis] != count:
+            raise InputError(
+                f"{type(self).__name__} takes {count} input channels or features (dimension {axis}), "
+                f"but its input has shape {tuple(input.shape)}"
+            )
+        return input
+
+    def _inputs(self) -> tuple[int, int]:
+        """How many channels or features the input must have, and along which axis."""
+        raise NotImplementedError
 
     def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
         """Return a function of the input, and of the residual if there is one, that executes a prepared primitive.
@@ -246,10 +265,6 @@ class Int8Layer(Kernel):
                 setattr(self, name, before.to(after.device))
         self._run = None
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}
@@ -359,6 +374,9 @@ class Int8Conv(Int8Layer):
             "groups": self.groups,
             **super().config(),
         }
+
+    def _inputs(self) -> tuple[int, int]:
+        return self.in_channels, -len(self.kernel_size) - 1
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         convolve = _CONVOLUTIONS[len(self.kernel_size)]
@@ -493,6 +511,9 @@ class Int8Linear(Int8Layer):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
+
+    def _inputs(self) -> tuple[int, int]:
+        return self.in_features, -1
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(input, weight, self.bias)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcompress.emit.grid_state import NumbersInState, grids_of, take_grids
+from fxcompress.errors import InputError, UnsupportedError
 from fxcompress.quant.spec import Grid
 
 #: The memory format in which kernels want images and volumes, by the number of dimensions.
@@ -27,8 +29,11 @@ def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
-class Kernel(nn.Module):
-    """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`."""
+class Kernel(NumbersInState):
+    """What the modules of a lowered graph share: they are rebuilt from `config()` and a `state_dict`.
+
+    Every `Grid` among the attributes of a module is part of its state.
+    """
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments as plain Python values that JSON can hold."""
@@ -43,6 +48,19 @@ class Kernel(nn.Module):
         """The config, for the printed module."""
         return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
+    def state_numbers(self) -> dict[str, list[float]]:
+        """Return the grids, by name."""
+        return grids_of(self)
+
+    def take_state_numbers(self, numbers: dict[str, list[float]]) -> None:
+        """Take other grids."""
+        take_grids(self, numbers)
+
+
+def has_kernels(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, is a module of a lowered graph."""
+    return any(isinstance(part, Kernel) for part in module.modules())
+
 
 class Quantize(Kernel):
     """Real numbers to uint8, channels last where there are images.
@@ -56,8 +74,24 @@ class Quantize(Kernel):
         self.grid = Grid.from_config(grid)
         self._inverse = inverse(self.grid.scale)
 
+    def repack(self) -> None:
+        """Derive the factor anew."""
+        self._inverse = inverse(self.grid.scale)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the integers nearest to `input`, a float tensor of any shape."""
+        """Return the integers nearest to `input`, a float tensor of any shape.
+
+        Raises:
+            InputError: it is a tensor of integers.
+            UnsupportedError: somebody looks on who cannot follow 8-bit kernels: `torch.jit`, or torch's ONNX exporter.
+        """
+        if torch._C._get_tracing_state() is not None or (type(input) is not torch.Tensor and _is_for_onnx()):
+            raise UnsupportedError(
+                "torch.jit and torch.onnx cannot follow 8-bit kernels. Keep the module with save(path); for ONNX, end "
+                "the passes with 'insert-observers, calibrate, convert-observed' and call export_onnx(path)"
+            )
+        if not input.dtype.is_floating_point:
+            raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
         memory_format = MEMORY_FORMATS.get(input.ndim)
         if memory_format is not None:
             input = input.contiguous(memory_format=memory_format)
@@ -86,6 +120,10 @@ class Dequantize(Kernel):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {"grid": self.grid.config()}
+
+
+def _is_for_onnx() -> bool:
+    return bool(torch.onnx.is_in_onnx_export())
 
 
 def inverse(scale: float) -> float:

@@ -90,6 +90,10 @@ class Int8Add(_Binary):
         layer.weight.fill_(1)
         return layer
 
+    def repack(self) -> None:
+        """Forget the layer derived from the grids."""
+        self._layer = ()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": ()}
 

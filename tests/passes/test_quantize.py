@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 import fxcompress as fxc
 from fxcompress import passes as P
@@ -319,7 +320,7 @@ def test_addends_that_have_one_shape_only_at_the_batch_of_the_example_are_broadc
 
 def test_dead_layers_leave_nothing_behind() -> None:
     lowered = stages(lambda net, x: net.b(F.relu(net.a(x))))["lower"]
-    assert set(lowered.state_dict()) == {
+    assert {name for name, _ in lowered.named_buffers()} == {
         f"{layer}.{name}" for layer in "ab" for name in ("weight", "weight_scale", "bias")
     }  # fmt: skip
 
@@ -491,3 +492,44 @@ def test_wrong_options_are_refused() -> None:
     with pytest.raises(OptionError, match="target must be one of"):
         P.Lower("tpu")
     assert str(P.Quantize(X, ignore=("a",), batches=3)) == "quantize{ignore=[a], batches=3}"
+
+
+def joined(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A small value, and one whose range is a hundred times as wide."""
+    return F.relu(model.a(x)), model.b(x)
+
+
+OUTPUTS_BESIDE_CAT: dict[str, Forward] = {
+    "as it is": lambda m, x: [small := joined(m, x)[0], m.wide(torch.cat([small, joined(m, x)[1]], 1))],
+    "nested": lambda m, x: {
+        "features": [small := joined(m, x)[0]],
+        "y": m.wide(torch.cat([small, joined(m, x)[1]], 1)),
+    },
+    "flattened": lambda m, x: [(small := joined(m, x)[0]).flatten(1), m.wide(torch.cat([small, joined(m, x)[1]], 1))],
+    "pooled": lambda m, x: [F.max_pool2d(small := joined(m, x)[0], 2), m.wide(torch.cat([small, m.b(x)], 1))],
+    "joined in the output": lambda m, x: [m.c(small := joined(m, x)[0]), torch.cat([small, joined(m, x)[1]], 1)],
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS_BESIDE_CAT)
+@pytest.mark.parametrize("qat", [False, True])
+def test_outputs_keep_their_precision_beside_a_wider_concatenation(case: str, qat: bool) -> None:
+    model = Net(OUTPUTS_BESIDE_CAT[case]).eval()
+    with torch.no_grad():
+        model.b.weight.mul_(100)
+    passes = [P.Fuse(), P.InsertObservers(qat=qat), P.Calibrate(X), P.ConvertObserved(), P.Lower()]
+    compact = fxc.compile(model, passes, X)
+    found, expected = (ExampleInputs.of(X).call(one) for one in (compact, model))
+    for ours, exact in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert signal_to_noise(exact, ours) > 30
+
+
+def test_a_cat_that_no_kernel_reads_ties_nothing() -> None:
+    plan = plan_quantization(fused(lambda m, x: [m.c(y := m.a(x)), torch.cat([y, m.b(x)], 1).softmax(1)]), accepts=free)
+    assert [group.values for group in plan.groups] == [("x",), ("a",)]
+    plan = plan_quantization(fused(lambda m, x: [m.c(y := m.a(x)), m.wide(torch.cat([y, m.b(x)], 1))]), accepts=free)
+    assert [group.values for group in plan.groups] == [("x",), ("a", "b")]
+
+
+def free(path: str, module: nn.Module) -> None:
+    """Accept every layer."""
