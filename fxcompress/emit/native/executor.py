@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,11 +14,13 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.cpu_numbers import Kernel, broadcast, channels_last_strides
 from fxcompress.emit.native import memory, steps
 from fxcompress.emit.native.library import Library, library
 from fxcompress.emit.native.memory import SLACK, View
-from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
+from fxcompress.emit.native.paging import give_back, page_out
+from fxcompress.emit.native.planner import ELEMENTWISE, Plan, PythonCall, make_plan
+from fxcompress.graph import ops
 
 
 class Unplannable(Exception):
@@ -90,6 +93,7 @@ class Executor:
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library
         self.packed: dict[Any, Any] = {}
+        self.paged: set[nn.Module] = set()
         self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -122,10 +126,23 @@ class Executor:
             plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
             single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
             bound = BoundPlan(plan, self.library, single)
+            self._page_out()
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = bound
         return bound
+
+    def _page_out(self) -> None:
+        """Keep weights in memory once, as the kernels want them."""
+        layers = {key[0] if isinstance(key, tuple) else key for key in self.packed} - self.paged
+        for layer in layers:
+            if isinstance(layer, Kernel):
+                layer.repack()  # what the graph has prepared for itself
+                for buffer in layer.buffers(recurse=False):
+                    page_out(buffer)
+        self.paged |= layers
+        if layers:
+            give_back()
 
     def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
         """A plan for the first image of a batch, which will do for each of them."""
@@ -204,8 +221,20 @@ class _MetaRecorder(_Recorder):
     def fetch_attr(self, target: str) -> Any:
         return _without_memory(super().fetch_attr(target))
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.cat:
+            return _joined(*args, **kwargs)
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        op = ops.BY_FUNCTION.get(target)
+        if op is not None and op.kind in ELEMENTWISE and all(one.dtype == torch.float32 for one in tensors):
+            shape = broadcast(*(one.shape for one in tensors))
+            return memory.meta_tensor(shape, torch.float32, channels_last_strides(shape) if len(shape) == 4 else None)
+        return super().call_function(target, args, kwargs)
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module: nn.Module = super().fetch_attr(target)
+        if isinstance(module, Kernel):
+            return module.outline(*args, **kwargs)
         state = {name: _without_memory(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
         return functional_call(module, state, args, kwargs)
 
@@ -226,6 +255,18 @@ class _FakeRecorder(_Recorder):
         with self.unset():
             self.values[n] = tree_map(_without_memory, output)
         return output
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """As `torch.cat`, which loads PyTorch's compiler on the device "meta"."""
+    pieces = [one for one in tensors if one.shape != (0,)] or list(tensors)
+    shape = list(pieces[0].shape)
+    others = [[size for i, size in enumerate(one.shape) if i != dim % len(shape)] for one in pieces]
+    if any(other != others[0] for other in others):
+        raise Unplannable
+    shape[dim] = sum(one.shape[dim] for one in pieces)
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in tensors))
+    return memory.meta_tensor(shape, dtype, channels_last_strides(shape) if len(shape) == 4 else None)
 
 
 def _without_memory(value: Any) -> Any:
