@@ -77,19 +77,19 @@ print(compact._native.made is not None, resident() - before)
 @pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Conv2d(512, 512, 3, padding=1) for _ in range(4))).eval()
+    model = nn.Sequential(*(nn.Conv2d(512, 512, 3, padding=1) for _ in range(8))).eval()
     x = torch.randn(1, 512, 7, 7)
     compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
     expected = compact(x)
     compact.save(tmp_path / "wide.fxc")
     weights = sum(buffer.numel() for buffer in compact.buffers() if buffer.dtype == torch.int8)
-    assert weights == 9 << 20
+    assert weights == 18 << 20
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path / "wide.fxc")], capture_output=True, text=True, check=True
     )
     ran, grown = done.stdout.split()
     assert ran == "True"
-    assert int(grown) < 1.5 * weights  # once, and what Python needs
+    assert int(grown) < weights + (12 << 20)  # once, and what Python needs for the rest
     assert torch.equal(compact(x), expected)
     compact.executor = "graph"  # reads them again
     torch.testing.assert_close(compact(x), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
