@@ -84,9 +84,9 @@ class InsertObservers(ObserverOptions):
     4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer.
     5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
     6. Observers return what they are given, so the graph computes what it did before.
-    7. Of a linear layer in mode "dynamic" or "weight-only" the weight alone is observed, which takes no data. In front of
-       the first kind stands a `DynamicQuantize`, one for all layers that read a value; `ConvertObserved` turns it into
-       the measuring and rounding of every row, at every call. Biases are not corrected.
+    7. Of a linear layer in mode "dynamic" or "weight-only" the weight alone is observed, which takes no data. In front
+       of the first kind stands a `DynamicQuantize`, one for all layers that read a value; `ConvertObserved` turns it
+       into the measuring and rounding of every row, at every call. Biases are not corrected.
 
     With `qat`, for training (`Train`, `Distill`) before `ConvertObserved`:
 
@@ -169,7 +169,7 @@ class InsertObservers(ObserverOptions):
 
     def _modes(self, graph_module: fx.GraphModule, choose: Chooser) -> ModeOf:
         """Return the function from path and module of a layer to its mode."""
-        named = {path: DYNAMIC for path in matching_layers(graph_module, self.dynamic, option="dynamic")}
+        named = dict.fromkeys(matching_layers(graph_module, self.dynamic, option="dynamic"), DYNAMIC)
         for path in matching_layers(graph_module, self.weight_only, option="weight_only"):
             named[path] = WEIGHT_ONLY
 

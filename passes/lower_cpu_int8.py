@@ -10,16 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxcompress.emit.cpu_int8 import Int8Add, Int8AvgPool, Int8Conv, Int8Layer, Int8Linear, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_int8 import (
+    Dequantize,
+    Int8Add,
+    Int8AvgPool,
+    Int8Conv,
+    Int8DynamicLinear,
+    Int8Linear,
+    Int8MaxPool,
+    Int8Mul,
+    Int8WeightOnlyLinear,
+    Kernel,
+    Quantize,
+    QuantizedLayer,
+    QuantizeRows,
+)
 from fxcompress.emit.cpu_int8 import activation_of as kernel_activation
-from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
 from fxcompress.errors import OptionError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
 from fxcompress.pipeline.base import Note, PassResult
 from fxcompress.quant.arithmetic import quantize
 from fxcompress.quant.cpu import cpu_features
-from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid, QuantSpec
+from fxcompress.quant.spec import DYNAMIC, REDUCED_WEIGHT_LIMIT, STATIC, WEIGHT_ONLY, Grid, QuantSpec
 
 
 def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
@@ -31,7 +44,10 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
     2. Sums, products with a gate, average and max pooling between quantised values become modules on integers.
     3. Operators that only move numbers are applied to the integers.
     4. Everything else stays float. Between the two stand `Quantize` and `Dequantize`, wherever one is needed.
-    5. A residual whose memory nobody needs any more is overwritten by the sum.
+    5. A linear layer whose rows are quantised as they come (`fake_quantize_rows`) becomes a `QuantizeRows`, shared by
+       all that read the same value, and a layer on its integers. One whose weight alone is quantised keeps its float
+       input.
+    6. A residual whose memory nobody needs any more is overwritten by the sum.
     """
     lowering = _Lowering(graph_module)
     edits = lowering.run()
@@ -50,7 +66,7 @@ class _Integers:
 class _Region:
     """A layer and what its kernel computes as well.
 
-    layer: the node of the convolution or linear function. path: of the layer.
+    layer: the node of the convolution or linear function. path: of the layer. mode: how it gets its input.
     addend: node that is added to the result. activation: as `Int8Layer` takes it, with its node.
     pair: the quantisation of the result; None: the result stays float.
     """
@@ -60,6 +76,7 @@ class _Region:
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None
+    mode: str = STATIC
     add: fx.Node | None = None
     addend: fx.Node | None = None
     activation: tuple[Any, ...] | None = None
@@ -82,6 +99,7 @@ class _Lowering:
         self.new.set_codegen(self.old._codegen)
         self.floats: dict[fx.Node, fx.Node] = {}
         self.integers: dict[fx.Node, _Integers] = {}
+        self.rows: dict[fx.Node, fx.Node] = {}  # a rounding of rows -> its kernel, whose result has three tensors
         self.waiting: dict[fx.Node, Callable[[], None]] = {}  # last node of a rewrite -> what emits it
         self.skipped: set[fx.Node] = set()
         self.modules: dict[str, Kernel] = {}
@@ -109,6 +127,8 @@ class _Lowering:
             return
         elif kind == "fake_quantize":
             self._quantize(node)
+        elif kind == "fake_quantize_rows":
+            self._quantize_rows(node)
         elif kind in _COMPUTING and self._start_computing(node):
             return
         elif self._moves_integers(node):
@@ -180,7 +200,8 @@ class _Lowering:
         value, pair, bias = given["input"], given["weight"], given["bias"]
         if not isinstance(pair, fx.Node) or ops.kind(pair) not in ("fake_quantize", "fake_quantize_channel"):
             return "its weight is not quantised"
-        if value not in self.integers:
+        mode = STATIC if value in self.integers else DYNAMIC if value in self.rows else WEIGHT_ONLY
+        if mode != STATIC and ops.kind(layer) != "linear_function":
             return "its input is not quantised"
         weight = pair.args[0]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
@@ -192,7 +213,7 @@ class _Lowering:
             return numbers
         path = str(weight.target).rpartition(".")[0] or layer.name
         real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
-        return _Region(layer, path, *numbers, real_bias)
+        return _Region(layer, path, *numbers, real_bias, mode)
 
     def _quantized_weight(self, weight: fx.Node, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | str:
         real = edit.attribute(self.graph_module, str(weight.target)).detach()
@@ -235,7 +256,7 @@ class _Lowering:
             return
         output = None if region.pair is None else _grid(region.pair)
         residual: Any = None
-        inputs = [self.integers[ops.arguments(region.layer)["input"]].node]
+        inputs = [self._layer_input(region)]
         if region.addend is not None:
             held = self.integers.get(region.addend)
             residual = "float" if output is None or held is None else held.grid.config()
@@ -245,6 +266,12 @@ class _Lowering:
         self._hold(region.nodes[-1], node, output)
         self._note_layer(region, module)
 
+    def _layer_input(self, region: _Region) -> fx.Node:
+        value = ops.arguments(region.layer)["input"]
+        if region.mode == STATIC:
+            return self.integers[value].node
+        return self.rows[value] if region.mode == DYNAMIC else self._float(value)
+
     def _emit_apart(self, region: _Region) -> None:
         """A sum with a float value that is quantised afterwards: only the layer itself is 8-bit."""
         alone = replace(region, add=None, addend=None, activation=None, activation_node=None, pair=None)
@@ -252,20 +279,20 @@ class _Lowering:
         for node in region.nodes[1:]:
             self._quantize(node) if node is region.pair else self._copy(node)
 
-    def _layer_module(self, region: _Region, output: Grid | None, residual: Any) -> Int8Layer:
+    def _layer_module(self, region: _Region, output: Grid | None, residual: Any) -> QuantizedLayer:
         given = ops.arguments(region.layer)
-        grid = self.integers[given["input"]].grid
         shared = {
             "bias": region.bias is not None,
-            "input": grid.config(),
             "output": None if output is None else output.config(),
             "activation": region.activation,
             "residual": residual,
         }
         shape = region.weight.shape
-        module: Int8Layer
+        if region.mode == STATIC:
+            shared["input"] = self.integers[given["input"]].grid.config()
+        module: QuantizedLayer
         if ops.kind(region.layer) == "linear_function":
-            module = Int8Linear(shape[1], shape[0], **shared)
+            module = _LINEAR[region.mode](shape[1], shape[0], **shared)
         else:
             spatial = len(shape) - 2
             stride, dilation = _numbers(given["stride"], spatial), _numbers(given["dilation"], spatial)
@@ -294,17 +321,20 @@ class _Lowering:
         set_info(padded, layer=info(region.layer).layer)
         return [padded, *inputs[1:]]
 
-    def _note_layer(self, region: _Region, module: Int8Layer) -> None:
+    def _note_layer(self, region: _Region, module: QuantizedLayer) -> None:
         features = cpu_features()
-        text = "int8"
-        if not features.kernels:
+        text = _NOTES[region.mode]
+        if region.mode == WEIGHT_ONLY:
+            pass  # float arithmetic in any case
+        elif not features.kernels:
             text = "int8 numbers in float arithmetic: this machine has no int8 kernels"
         elif not features.vnni and int(module.weight.abs().max()) > REDUCED_WEIGHT_LIMIT:
             text = f"int8 numbers in float arithmetic: without VNNI, weights beyond {REDUCED_WEIGHT_LIMIT} saturate"
         self.notes.append(Note(region.path, text))
         for node in (region.add, region.activation_node):
             if node is not None:
-                self.notes.append(Note(node.name, f"int8: computed by {region.path}"))
+                text = "float" if region.mode == WEIGHT_ONLY else "int8"
+                self.notes.append(Note(node.name, f"{text}: computed by {region.path}"))
 
     # Sums, products, pooling
 
@@ -367,6 +397,17 @@ class _Lowering:
             return  # a weight: the layers that use it quantise it themselves
         node = self._call(f"{value.name}_quantize", Quantize(grid.config()), [self._float(value)], value)
         self.integers[pair] = _Integers(node, grid)
+
+    def _quantize_rows(self, pair: fx.Node) -> None:
+        """Rows in both forms: integers, and real numbers for others than linear layers. What nobody reads goes later."""
+        (value,) = pair.all_input_nodes
+        given = ops.arguments(pair)
+        self._copy(pair)
+        try:
+            module = QuantizeRows(given["quant_min"], given["quant_max"])
+        except OptionError:  # signed numbers, which no pass of ours makes
+            return
+        self.rows[pair] = self._call(f"{value.name}_rows", module, [self._float(value)], value)
 
     def _moves_integers(self, node: fx.Node) -> bool:
         if ops.kind(node) not in _MOVERS or not isinstance(info(node).value, (TensorInfo, tuple, list)):
@@ -439,7 +480,7 @@ class _Lowering:
         order = {node: index for index, node in enumerate(self.new.nodes)}
         for node in self.new.nodes:
             module = self._module(node)
-            if isinstance(module, Int8Layer) and len(node.args) == 2:
+            if isinstance(module, QuantizedLayer) and len(node.args) == 2:
                 residual = node.args[1]
                 assert isinstance(residual, fx.Node)  # for the type checker
                 readers = [reader for reader in residual.users if reader is not node]
@@ -477,7 +518,17 @@ class _Lowering:
 
 
 #: Modules whose result never shares memory with their input.
-_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8AvgPool, Int8MaxPool)
+_OWNERS = (Quantize, QuantizeRows, Dequantize, QuantizedLayer, Int8Add, Int8Mul, Int8AvgPool, Int8MaxPool)
+
+#: Linear layers by how they get their input, and what the ledger says of them.
+_LINEAR: dict[str, Callable[..., QuantizedLayer]] = {
+    STATIC: Int8Linear, DYNAMIC: Int8DynamicLinear, WEIGHT_ONLY: Int8WeightOnlyLinear,
+}  # fmt: skip
+_NOTES = {
+    STATIC: "int8",
+    DYNAMIC: "int8: rows are measured at every call",
+    WEIGHT_ONLY: "int8 weight, float arithmetic",
+}
 
 #: Number of spatial dimensions of pooling functions.
 _SPATIAL: dict[Any, int] = {

@@ -1,8 +1,7 @@
 """Where numbers become 8-bit: which layers, which values between them, and which values share one grid.
 
-A value is quantised where an 8-bit layer on a fixed grid reads it; layers whose input is measured at every call, or stays
-float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...)
-tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
+A value is quantised where an 8-bit layer on a fixed grid reads it; layers whose input is measured at every call, or
+stays float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...) tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
 products with a gate, average pooling) are quantised as well if their inputs are 8-bit anyway. Everything else stays
 float, with a reason.
 """
@@ -91,7 +90,9 @@ class QuantizationPlan:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [" + ".join((f"int8 {anchor.path}", *anchor.epilogues)) + _suffix(anchor.mode) for anchor in self.anchors]
+        lines = [
+            " + ".join((f"int8 {anchor.path}", *anchor.epilogues)) + _suffix(anchor.mode) for anchor in self.anchors
+        ]
         lines += [f"int8 {name}" for name in self.computing]
         lines += [f"grid {', '.join(group.values)}" for group in self.groups]
         lines += [f"float {name}: {reason}" for name, reason in self.reasons.items()]
@@ -111,8 +112,8 @@ def plan_quantization(
         graph_module: the graph; marks of `FuseActivation` are respected.
         accepts: called with path and module of each convolution and linear layer; returns why it shall stay float, or
             None.
-        mode_of: called likewise with those that were accepted; returns one of `quant.spec.MODES`. Convolutions stay float in all
-            but the first.
+        mode_of: called likewise with those that were accepted; returns one of `quant.spec.MODES`. Convolutions stay
+            float in all but the first.
     """
     return _Planner(graph_module, accepts, mode_of).plan()
 
@@ -138,9 +139,7 @@ class _Planner:
         groups = tuple(self._groups(demanded))
         self._give_reasons(demanded, chosen)
         anchors = [
-            Anchor(
-                nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]), self._mode(nodes[0])
-            )
+            Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]), self._mode(nodes[0]))
             for nodes in self.regions.values()
         ]
         order = {node.name: index for index, node in enumerate(self.graph.nodes)}

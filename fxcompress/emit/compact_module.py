@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fxcompress.emit.cpu_int8 import Int8Layer
+from fxcompress.emit.cpu_int8 import QuantizedLayer
 from fxcompress.emit.native.executor import Cache, Unplannable
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
@@ -83,7 +83,7 @@ class CompactModule(fx.GraphModule):
         """Forget what was derived from the tensors. To be called after changing them in place."""
         self._native = Cache()
         for module in self.modules():
-            if isinstance(module, Int8Layer):
+            if isinstance(module, QuantizedLayer):
                 module.repack()
 
     def train(self, mode: bool = True) -> CompactModule:

@@ -2,9 +2,10 @@
 
 A row is what a linear layer multiplies with its weight: one token of a transformer, all features of it. Its grid is
 affine and covers the row from its smallest to its largest number, and zero. Against one grid for the whole tensor that
-is finer for every row but the one with the largest numbers; against a symmetric grid it is finer wherever a row leans to
-one side, and kernels that multiply unsigned with signed bytes do it at no cost. Scales are not coarse
-(`quant.spec.QuantSpec`): what arrives has passed through normalisation and softmax, whose last bits no two kernels share.
+is finer for every row but the one with the largest numbers; against a symmetric grid it is finer wherever a row leans
+to one side, and kernels that multiply unsigned with signed bytes do it at no cost. Scales are not coarse
+(`quant.spec.QuantSpec`): what arrives has passed through normalisation and softmax, whose last bits no two kernels
+share.
 
 Source: Yao et al., ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers, 2022
 (scales of tokens).
@@ -28,7 +29,7 @@ _LARGEST = torch.finfo(torch.float32).max
 def row_parameters(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale (float32) and the zero point (int32) of every row.
 
-    Infinities count as the largest float32 number. A row of nothing but zeros gets the scale 1; one with a NaN gets NaN.
+    Infinities count as the largest float32 number. A row of zeros gets the scale 1; one with a NaN gets NaN.
 
     Args:
         x: (..., features), of at least one feature.
@@ -46,9 +47,7 @@ def row_parameters(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[tor
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
 
 
-def quantize_rows(
-    x: torch.Tensor, quant_min: int, quant_max: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the integers of every row as float32 numbers, its scale and its zero point.
 
     Args:
@@ -92,8 +91,8 @@ class _StraightThrough(torch.autograd.Function):
 class DynamicQuantize(nn.Module):
     """Stands where rows will be quantised; measures nothing beforehand, as each row brings its own range.
 
-    Returns what it is given. With `trains`, it rounds from its first call in training mode on, in evaluation mode too, as
-    fake-quantisers do (`quant.fake_quantize`).
+    Returns what it is given. With `trains`, it rounds from its first call in training mode on, in evaluation mode too,
+    as fake-quantisers do (`quant.fake_quantize`).
 
     Args:
         spec: the format of the integers.
