@@ -399,7 +399,7 @@ class _Lowering:
         self.integers[pair] = _Integers(node, grid)
 
     def _quantize_rows(self, pair: fx.Node) -> None:
-        """Rows in both forms: integers, and real numbers for others than linear layers. What nobody reads goes later."""
+        """Rows in both forms: integers, and real numbers for others than linear layers. What is not read goes later."""
         (value,) = pair.all_input_nodes
         given = ops.arguments(pair)
         self._copy(pair)

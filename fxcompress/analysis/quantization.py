@@ -1,7 +1,8 @@
 """Where numbers become 8-bit: which layers, which values between them, and which values share one grid.
 
 A value is quantised where an 8-bit layer on a fixed grid reads it; layers whose input is measured at every call, or
-stays float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...) tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
+stays float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...)
+tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
 products with a gate, average pooling) are quantised as well if their inputs are 8-bit anyway. Everything else stays
 float, with a reason.
 """

@@ -95,7 +95,8 @@ class Int8DynamicLinear(_FloatInputLinear):
         if without_kernels(rows[0]):
             return self._finish(self._in_floats(*rows), residual)
         if self._run is None:
-            fits = self._has_kernel() and self.in_features <= MOST_FEATURES
+            # Of a single feature, PyTorch's product of integers (2.14) is wrong: it reads a column as a row.
+            fits = self._has_kernel() and 1 < self.in_features <= MOST_FEATURES
             self._run = self._with_integers() if fits else self._in_floats
         return self._finish(self._run(*rows), residual)
 
