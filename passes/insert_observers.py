@@ -30,6 +30,15 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
     nn.Linear: F.linear,
+    nn.Embedding: F.embedding,
+}
+
+#: Arguments of these functions that layers keep as attributes.
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _GEOMETRY),
+    nn.Linear: (),
+    nn.Embedding: ("padding_idx", "scale_grad_by_freq", "sparse"),
 }
 
 
@@ -57,6 +66,8 @@ class ObserverOptions(Pass):
         check_choice(name, "mode", self.mode, MODES)
         if self.mode != STATIC and self.activation is not None:
             raise OptionError(f"{name}: with mode={self.mode!r} no values are observed, so leave out activation=")
+        if self.mode != STATIC and self.qconfig is not None:
+            raise OptionError(f"{name}: a qconfig says for itself what is dynamic, so leave out mode={self.mode!r}")
         for option in ("activation", "weight"):
             given = getattr(self, option)
             if isinstance(given, str) and given not in OBSERVERS:
@@ -112,10 +123,10 @@ class InsertObservers(ObserverOptions):
         activation_bits: from 2 to 8, for values.
         mode: how layers get their input: "static", on grids that calibration fixes; "dynamic", with a scale and zero
             point for every row (token), measured at every call; "weight-only", in float, so that weights alone are
-            8-bit, for layers that wait for memory. The last two are for linear layers, leave everything else float and
-            need no calibration.
-        dynamic, weight_only: linear layers in another mode than the rest, as dotted paths or patterns. With
-            mode="static" and dynamic="*" convolutions are static and all linear layers dynamic.
+            8-bit, for layers that wait for memory. The last two are for linear layers, the last one for embeddings as
+            well; they leave everything else float and need no calibration.
+        dynamic, weight_only: linear layers (and embeddings) in another mode than the rest, as dotted paths or patterns.
+            With mode="static" and dynamic="*" convolutions are static and all linear layers dynamic.
         qat: whether to put trainable fake-quantisers in the place of plain observers.
         learn_steps: with `qat`, whether steps and offsets are learned as weights are (`LearnedQuantize`), or follow the
             observers.
@@ -162,7 +173,7 @@ class InsertObservers(ObserverOptions):
         plan = plan_quantization(graph_module, accepts, self._modes(graph_module, choose))
         edits = _Insertion(graph_module, plan, choose, self).run()
         notes += [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
-        if reduced and plan.anchors and self.weight_bits == 8:
+        if reduced and any(anchor.mode != WEIGHT_ONLY for anchor in plan.anchors) and self.weight_bits == 8:
             notes.append(Note("target cpu", "weights in 7 bits: without VNNI, sums of products of 8 bits saturate"))
         modified = edits > 0 or bool(normed_layers(graph_module))
         return PassResult(graph_module, modified, edits, tuple(notes))
@@ -175,8 +186,8 @@ class InsertObservers(ObserverOptions):
 
         def mode_of(path: str, module: nn.Module) -> str:
             choice = choose(path, module)
-            linear = PLAIN.get(type(module), type(module)) is nn.Linear
-            return named[path] if linear and path in named else choice.mode if choice else STATIC
+            can = PLAIN.get(type(module), type(module)) in (nn.Linear, nn.Embedding)
+            return named[path] if can and path in named else choice.mode if choice else STATIC
 
         return mode_of
 
@@ -246,6 +257,8 @@ class _Insertion:
         """Put a `DynamicQuantize` in front of a layer. Layers that read the same value share it."""
         value = layer.args[0]
         assert isinstance(value, fx.Node)  # for the type checker
+        if isinstance(ops.submodule(value), DynamicQuantize):
+            return
         if value not in self.rows:
             module = DynamicQuantize(self._choice(path).activation_spec, self.options.qat)
             with self.graph.inserting_before(layer):
@@ -306,17 +319,18 @@ class _Insertion:
 
 
 def make_functional(graph_module: fx.GraphModule, node: fx.Node, value: Any, weight: fx.Node) -> None:
-    """Turn the call of a convolution or linear layer into that of the function, with a value and a weight by nodes."""
+    """Turn the call of a layer into that of the function, with a value and a weight by nodes."""
     path, layer = str(node.target), cast("Any", ops.submodule(node))
     bias = None
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         with graph_module.graph.inserting_before(node):
             bias = graph_module.graph.get_attr(f"{path}.bias")
         set_info(bias, layer=path)
     function: ops.Function = _FUNCTIONS[type(layer)]
-    bound: dict[str, Any] = {"input": value, "weight": weight, "bias": bias}
-    if not isinstance(layer, nn.Linear):
-        bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    bound: dict[str, Any] = {"input": value, "weight": weight}
+    if not isinstance(layer, nn.Embedding):
+        bound["bias"] = bias
+    bound |= {name: getattr(layer, name) for name in _ATTRIBUTES[type(layer)]}
     node.op, node.target = "call_function", function
     node.args, node.kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
 

@@ -16,6 +16,7 @@ from fxcompress.emit.cpu_int8 import (
     Int8AvgPool,
     Int8Conv,
     Int8DynamicLinear,
+    Int8Embedding,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
@@ -46,7 +47,7 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
     4. Everything else stays float. Between the two stand `Quantize` and `Dequantize`, wherever one is needed.
     5. A linear layer whose rows are quantised as they come (`fake_quantize_rows`) becomes a `QuantizeRows`, shared by
        all that read the same value, and a layer on its integers. One whose weight alone is quantised keeps its float
-       input.
+       input; an embedding becomes a table of bytes, the same as that of an output layer with the same weight.
     6. A residual whose memory nobody needs any more is overwritten by the sum.
     """
     lowering = _Lowering(graph_module)
@@ -104,6 +105,7 @@ class _Lowering:
         self.skipped: set[fx.Node] = set()
         self.modules: dict[str, Kernel] = {}
         self.reserved = {str(node.target) for node in self.old.nodes if node.op in ("call_module", "get_attr")}
+        self.tables: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # real, integers, scales
         self.notes: list[Note] = []
 
     def run(self) -> int:
@@ -123,7 +125,7 @@ class _Lowering:
         kind = ops.kind(node)
         if node in self.waiting:
             self.waiting[node]()
-        elif node in self.skipped or (kind in ("conv_function", "linear_function") and self._start_region(node)):
+        elif node in self.skipped or (kind in ("conv_function", "linear_function") and self._start_region(node)) or (kind == "embedding_function" and self._embed(node)):
             return
         elif kind == "fake_quantize":
             self._quantize(node)
@@ -197,23 +199,29 @@ class _Lowering:
     def _region(self, layer: fx.Node) -> _Region | str:
         """Return the layer alone, or why it cannot be 8-bit."""
         given = ops.arguments(layer)
-        value, pair, bias = given["input"], given["weight"], given["bias"]
-        if not isinstance(pair, fx.Node) or ops.kind(pair) not in ("fake_quantize", "fake_quantize_channel"):
-            return "its weight is not quantised"
+        value, bias = given["input"], given["bias"]
         mode = STATIC if value in self.integers else DYNAMIC if value in self.rows else WEIGHT_ONLY
         if mode != STATIC and ops.kind(layer) != "linear_function":
             return "its input is not quantised"
+        if bias is not None and bias.op != "get_attr":
+            return "its bias is computed"
+        found = self._weight(layer)
+        if isinstance(found, str):
+            return found
+        path, numbers = found
+        real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
+        return _Region(layer, path, *numbers, real_bias, mode)
+
+    def _weight(self, layer: fx.Node) -> tuple[str, tuple[torch.Tensor, torch.Tensor]] | str:
+        """Return the path of a layer, its integers and their scales; or why it has none."""
+        pair = ops.arguments(layer)["weight"]
+        if not isinstance(pair, fx.Node) or ops.kind(pair) not in ("fake_quantize", "fake_quantize_channel"):
+            return "its weight is not quantised"
         weight = pair.args[0]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return "its weight is computed"
-        if bias is not None and bias.op != "get_attr":
-            return "its bias is computed"
         numbers = self._quantized_weight(weight, ops.arguments(pair))
-        if isinstance(numbers, str):
-            return numbers
-        path = str(weight.target).rpartition(".")[0] or layer.name
-        real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
-        return _Region(layer, path, *numbers, real_bias, mode)
+        return numbers if isinstance(numbers, str) else (str(weight.target).rpartition(".")[0] or layer.name, numbers)
 
     def _quantized_weight(self, weight: fx.Node, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | str:
         real = edit.attribute(self.graph_module, str(weight.target)).detach()
@@ -230,7 +238,12 @@ class _Lowering:
             spec = QuantSpec(torch.int8, given["quant_min"], given["quant_max"], channel_axis=0 if scale.ndim else None)
         except OptionError as error:
             return str(error)
-        return quantize(real, scale, zero_point, spec), scale.float().expand(len(real)).contiguous()
+        numbers = quantize(real, scale, zero_point, spec), scale.float().expand(len(real)).contiguous()
+        for other, *known in self.tables:  # a weight of several layers
+            if other.is_set_to(real) and all(map(torch.equal, known, numbers)):
+                return known[0], known[1]
+        self.tables.append((real, *numbers))
+        return numbers
 
     def _extended(self, region: _Region) -> _Region:
         """Add what follows: a residual add, an activation, the quantisation of the result."""
@@ -300,11 +313,22 @@ class _Lowering:
             groups = int(given["groups"])
             padding = before if before == behind else [0] * spatial
             module = Int8Conv(shape[1] * groups, shape[0], list(shape[2:]), stride, padding, dilation, groups, **shared)
-        module.weight.copy_(region.weight)
-        module.weight_scale.copy_(region.weight_scale)
+        module.weight, module.weight_scale = region.weight, region.weight_scale
         if module.bias is not None and region.bias is not None:
             module.bias.copy_(region.bias)
         return module.to(region.weight.device)
+
+    def _embed(self, layer: fx.Node) -> bool:
+        """Make an embedding of bytes. False: it stays float."""
+        found = self._weight(layer)
+        if isinstance(found, str):
+            return False
+        path, numbers = found
+        module = Int8Embedding(*numbers[0].shape)
+        module.weight, module.weight_scale = numbers
+        self.floats[layer] = self._call(path, module, [self._float(ops.arguments(layer)["input"])], layer)
+        self.notes.append(Note(path, "int8 weight"))
+        return True
 
     def _padded(self, region: _Region, inputs: list[fx.Node]) -> list[fx.Node]:
         """Pad in front of a convolution that wants more on one side than on the other."""

@@ -111,10 +111,10 @@ def plan_quantization(
 
     Args:
         graph_module: the graph; marks of `FuseActivation` are respected.
-        accepts: called with path and module of each convolution and linear layer; returns why it shall stay float, or
-            None.
-        mode_of: called likewise with those that were accepted; returns one of `quant.spec.MODES`. Convolutions stay
-            float in all but the first.
+        accepts: called with path and module of each convolution, linear layer and embedding; returns why it shall stay
+            float, or None.
+        mode_of: called likewise; returns one of `quant.spec.MODES`. Convolutions are 8-bit in the first one only,
+            embeddings in the last one.
     """
     return _Planner(graph_module, accepts, mode_of).plan()
 
@@ -158,7 +158,7 @@ class _Planner:
                 marked[mark].append(node)
         for node in self.graph.nodes:
             kind = ops.kind(node)
-            if kind in ("conv", "linear"):
+            if kind in ("conv", "linear") or (kind == "embedding" and self._mode(node) == WEIGHT_ONLY):
                 reason = _unfit(node) or self.accepts(str(node.target), _module(node)) or self._unmeasured(node, kind)
                 if reason is None:
                     chain = _chain(node, marked[node.name])
@@ -173,8 +173,12 @@ class _Planner:
         return self.modes[path]
 
     def _unmeasured(self, node: fx.Node, kind: str) -> str | None:
-        """Why a convolution stays float where values have no fixed grids."""
-        if kind != "conv" or self._mode(node) == STATIC:
+        """Why a layer stays float where values have no fixed grids."""
+        if self._mode(node) == STATIC:
+            return None
+        if not _module(node).weight.numel():
+            return "its weight is empty"
+        if kind != "conv":
             return None
         return f"a convolution needs values on fixed grids, which mode='{self._mode(node)}' does not measure"
 
@@ -285,11 +289,14 @@ def _reason(node: fx.Node, kind: str, demanded: bool) -> str:
 
 
 def _unfit(node: fx.Node) -> str | None:
-    """Why a convolution or linear layer cannot be 8-bit, whatever the user wants."""
+    """Why a layer cannot be 8-bit, whatever the user wants."""
     module = _module(node)
     values = data_inputs(node)
     weight = module.weight
-    if len(values) != 1 or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+    embeds = ops.kind(node) == "embedding"
+    if embeds and module.max_norm is not None:
+        return "max_norm changes its weight as it is read"
+    if len(values) != (0 if embeds else 1) or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
         return "its numbers are not float32"
     if ops.kind(node) == "conv":
         if module.padding_mode != "zeros":

@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights and float inputs, as modules of a lowered CPU graph.
+"""Layers with int8 weights whose inputs lie on no fixed grid, as modules of a lowered CPU graph.
 
 In the dynamic form `QuantizeRows` measures and rounds every row when it arrives, and `Int8DynamicLinear` multiplies
 integers. In the weight-only form the weight is 8-bit where it is stored and float where it is multiplied: a layer with
@@ -135,3 +135,28 @@ class Int8WeightOnlyLinear(_FloatInputLinear):
         flat = x.reshape(-1, self.in_features).contiguous()
         products = multiply(flat, self.weight, self.weight_scale)
         return self._with_bias(products.view(*x.shape[:-1], self.out_features))
+
+
+class Int8Embedding(Kernel):
+    """Rows of an int8 table as float32 numbers, each row with a scale of its own.
+
+    Args:
+        num_embeddings, embedding_dim: as in `torch.nn.Embedding`.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros((num_embeddings, embedding_dim), dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(num_embeddings))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows (..., embedding_dim) of indices (...)."""
+        scale = F.embedding(input, self.weight_scale.float().unsqueeze(1))
+        return F.embedding(input, self.weight).float() * scale
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {"num_embeddings": self.weight.shape[0], "embedding_dim": self.weight.shape[1]}

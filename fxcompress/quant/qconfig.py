@@ -16,7 +16,7 @@ from torch import nn
 from fxcompress.errors import OptionError
 from fxcompress.quant.normed_layers import PLAIN
 from fxcompress.quant.observers import make_observer
-from fxcompress.quant.spec import ACTIVATION, DYNAMIC, STATIC, WEIGHT_ONLY, QuantSpec
+from fxcompress.quant.spec import ACTIVATION, DYNAMIC, REDUCED_WEIGHT, STATIC, WEIGHT, WEIGHT_ONLY, QuantSpec
 
 #: Attributes that tell a QConfigMapping.
 _MAPPING_ATTRIBUTES = ("global_qconfig", "object_type_qconfigs", "module_name_qconfigs")
@@ -49,10 +49,10 @@ class ObserverChoice:
         """Return the choice for a layer that gets its input in a certain way.
 
         Coarse scales (`QuantSpec`) make sums exact in float32. Where values are float, or have scales that are not
-        coarse, they would cost accuracy for nothing.
+        coarse, they would cost accuracy for nothing. Nor do weights that are multiplied as real numbers saturate.
         """
-        fine = self.weight_spec if mode == STATIC else replace(self.weight_spec, significands=())
-        return replace(self, mode=mode, weight_spec=fine)
+        spec = WEIGHT if mode == WEIGHT_ONLY and self.weight_spec == REDUCED_WEIGHT else self.weight_spec
+        return replace(self, mode=mode, weight_spec=spec if mode == STATIC else replace(spec, significands=()))
 
 
 #: From a layer's path and module to its observers; None leaves the layer in float.
