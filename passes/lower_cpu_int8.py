@@ -125,7 +125,7 @@ class _Lowering:
         kind = ops.kind(node)
         if node in self.waiting:
             self.waiting[node]()
-        elif node in self.skipped or (kind in ("conv_function", "linear_function") and self._start_region(node)) or (kind == "embedding_function" and self._embed(node)):
+        elif node in self.skipped or self._start_layer(node, kind):
             return
         elif kind == "fake_quantize":
             self._quantize(node)
@@ -179,6 +179,11 @@ class _Lowering:
         return not (isinstance(found, nn.Module) and not list(found.children()))
 
     # Layers
+
+    def _start_layer(self, node: fx.Node, kind: str) -> bool:
+        if kind == "embedding_function":
+            return self._embed(node)
+        return kind in ("conv_function", "linear_function") and self._start_region(node)
 
     def _start_region(self, layer: fx.Node) -> bool:
         """Find out what the kernel of a layer computes, and wait for the last of it. False: the layer stays float."""

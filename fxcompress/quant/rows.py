@@ -23,13 +23,14 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fxcompress.quant.arithmetic import SMALLEST_SCALE
 from fxcompress.quant.spec import QuantSpec
 
-_LARGEST = torch.finfo(torch.float32).max
+#: What infinities count as, so that neither the width of a range nor the ends of its grid overflow.
+_LARGEST = torch.finfo(torch.float32).max / 2
 
 
 def row_parameters(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale (float32) and the zero point (int32) of every row.
 
-    Infinities count as the largest float32 number. A row of zeros gets the scale 1; one with a NaN gets NaN.
+    Numbers beyond half of the largest float32 number count as that. A row of zeros gets the scale 1; one with a NaN gets NaN.
 
     Args:
         x: (..., features), of at least one feature.
@@ -41,7 +42,7 @@ def row_parameters(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[tor
     x = x.detach().float()
     low = x.amin(-1, keepdim=True).clamp(-_LARGEST, 0.0)
     high = x.amax(-1, keepdim=True).clamp(0.0, _LARGEST)
-    scale = (high * 0.5 - low * 0.5) / ((quant_max - quant_min) * 0.5)  # halves: their difference is finite
+    scale = (high - low) / (quant_max - quant_min)
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE))
     zero_point = torch.round(quant_min - low / scale).clamp(quant_min, quant_max)
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)

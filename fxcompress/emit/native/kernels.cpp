@@ -1090,13 +1090,13 @@ struct RowGrid {
     float scale, inverse;
     int32_t zero;
     RowGrid(float low, float high, bool nan, int64_t first, int64_t last) {
-        constexpr float largest = 3.40282347e38f, smallest_scale = 1e-18f;
-        low = std::max(std::min(low, 0.0f), -largest) * 0.5f;  // halves: their difference is finite
-        high = std::min(std::max(high, 0.0f), largest) * 0.5f;
-        scale = (high - low) / ((float)(last - first) * 0.5f);
+        constexpr float largest = 1.70141173e38f, smallest_scale = 1e-18f;
+        low = std::max(std::min(low, 0.0f), -largest);
+        high = std::min(std::max(high, 0.0f), largest);
+        scale = (high - low) / (float)(last - first);
         scale = nan ? NAN : scale == 0.0f ? 1.0f : std::max(scale, smallest_scale);
         inverse = 1.0f / scale;
-        const float exact = std::nearbyintf((float)first - 2.0f * low / scale);
+        const float exact = std::nearbyintf((float)first - low / scale);
         zero = nan ? (int32_t)first : (int32_t)std::min(std::max(exact, (float)first), (float)last);
     }
 };
