@@ -30,7 +30,8 @@ _LARGEST = torch.finfo(torch.float32).max / 2
 def row_parameters(x: torch.Tensor, quant_min: int, quant_max: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale (float32) and the zero point (int32) of every row.
 
-    Numbers beyond half of the largest float32 number count as that. A row of zeros gets the scale 1; one with a NaN gets NaN.
+    Numbers beyond half of the largest float32 number count as that, infinities too. A row of zeros gets scale 1, one
+    with a NaN gets NaN.
 
     Args:
         x: (..., features), of at least one feature.
