@@ -266,7 +266,7 @@ def test_layers_in_any_modes_compute_what_their_pairs_compute(
         stack += [nn.Linear(wide, narrow), data.draw(st.sampled_from([nn.ReLU(), nn.GELU(), nn.Identity()]))]
     model, x = nn.Sequential(*stack).eval(), torch.randn(batch, widths[0])
     of = {mode: tuple(path for path, one in modes.items() if one == mode) for mode in MODES}
-    options = {"dynamic": of["dynamic"], "weight_only": of["weight-only"]}
+    options: dict[str, Any] = {"dynamic": of["dynamic"], "weight_only": of["weight-only"]}
     reference, compact = compiled(
         model, x, ["canonicalize", P.Quantize(activation="minmax", **options)], calibration=[x]
     )

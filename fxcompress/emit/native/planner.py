@@ -1128,7 +1128,7 @@ _MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
     "attention": _Planner._attention,
 }
 
-_MODULES: dict[type[nn.Module], Callable[..., View]] = {
+_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     Int8Conv: _Planner._conv,
     Int8Linear: _Planner._linear,
     QuantizeRows: _Planner._quantize_rows,
