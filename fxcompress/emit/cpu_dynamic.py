@@ -9,7 +9,7 @@ Here both are plain PyTorch operators; kernels of our own are in `emit.native`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 #: Sums of more products of bytes would not fit 32 bits.
 MOST_FEATURES = 2**16
-
-#: Up to here PyTorch's product with 8-bit weights is taken; with more rows a float copy of the weight costs little.
-_FEW_ROWS = 16
 
 
 class QuantizeRows(Kernel):
@@ -127,14 +124,8 @@ class Int8WeightOnlyLinear(_FloatInputLinear):
         return self._finish(self._multiplied(input.float()), residual)
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        multiply: Callable[..., torch.Tensor] | None = getattr(torch, "_weight_int8pack_mm", None)
-        learns = torch.is_grad_enabled() and x.requires_grad
-        many = x.numel() == 0 or x.numel() > _FEW_ROWS * self.in_features
-        if many or learns or multiply is None or without_kernels(x) or self.weight.numel() == 0:
-            return F.linear(x, self._real_weight(), self.bias)
-        flat = x.reshape(-1, self.in_features).contiguous()
-        products = multiply(flat, self.weight, self.weight_scale)
-        return self._with_bias(products.view(*x.shape[:-1], self.out_features))
+        """Products and bias; the weight is real for as long as that takes. (`torch._weight_int8pack_mm` is slower.)"""
+        return self._with_bias(F.linear(x, self.weight.float()) * self.weight_scale)
 
 
 class Int8Embedding(Kernel):

@@ -259,3 +259,15 @@ def test_a_weight_of_two_layers_is_one_table_also_in_a_file(tmp_path: Path) -> N
 def test_rows_of_signed_numbers_are_refused() -> None:
     with pytest.raises(OptionError, match="must hold"):
         QuantizeRows(-128, 127)
+
+
+@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@pytest.mark.parametrize(("shape", "one_by_one"), [((8, 24), False), ((8, 1, 24), False), ((8, 6, 24), True)])
+def test_weights_are_read_for_several_rows_at_once(shape: tuple[int, ...], one_by_one: bool) -> None:
+    for kind in LINEAR:
+        layer = filled(kind(24, 40, True))
+        compact, x = graph_of(layer), torch.randn(shape)
+        agree(compact(x), products(layer, x), 10, None)
+        (plan,) = compact._native.made.plans.values()  # type: ignore[union-attr]
+        assert plan is not None
+        assert (plan.single is not None) == one_by_one

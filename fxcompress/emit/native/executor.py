@@ -269,6 +269,8 @@ def images_of(plan: Plan) -> int:
     images = found.pop() if len(found) == 1 else 1
     if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
         return 1
+    if _reads_weights_for_few(plan, images):
+        return 1
     for view in plan.views:
         if view.buffer.place == "constant":
             if view.meta.ndim and view.meta.shape[0] == images:
@@ -283,6 +285,29 @@ def images_of(plan: Plan) -> int:
             return 1
     leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
     return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
+
+
+def _reads_weights_for_few(plan: Plan, images: int) -> bool:
+    """Whether most products are those of layers with a few rows in each image only.
+
+    Their weights would be read for each image anew: of all images together they need to be read once.
+    """
+    few = products = 0
+    for item in plan.items:
+        if isinstance(item, steps.Convolution):
+            rows = item.images * item.height * item.width
+            depth = item.rows_of_window * item.columns_of_window * item.run
+        elif isinstance(item, (steps.RowLinear, steps.WeightLinear)):
+            rows, depth = item.rows, item.run if isinstance(item, steps.RowLinear) else item.depth
+        else:
+            continue
+        products += rows * item.channels * depth
+        few += rows * item.channels * depth if rows < _FEW * images else 0
+    return 2 * few > products
+
+
+#: Rows of one tile: with fewer, a kernel does not make the most of the weights that it reads.
+_FEW = 6
 
 
 class _ImageByImage:
