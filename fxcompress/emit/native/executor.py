@@ -288,26 +288,31 @@ def images_of(plan: Plan) -> int:
 
 
 def _reads_weights_for_few(plan: Plan, images: int) -> bool:
-    """Whether most products are those of layers with a few rows in each image only.
+    """Whether most products are those of layers with a few rows in each image, and weights that are not near by.
 
-    Their weights would be read for each image anew: of all images together they need to be read once.
+    They would be read for each image anew: for all images together they need to be read once.
     """
-    few = products = 0
+    few = products = weights = 0
     for item in plan.items:
         if isinstance(item, steps.Convolution):
             rows = item.images * item.height * item.width
-            depth = item.rows_of_window * item.columns_of_window * item.run
+            size = item.channels * item.rows_of_window * item.columns_of_window * item.run
         elif isinstance(item, (steps.RowLinear, steps.WeightLinear)):
             rows, depth = item.rows, item.run if isinstance(item, steps.RowLinear) else item.depth
+            size = item.channels * depth
         else:
             continue
-        products += rows * item.channels * depth
-        few += rows * item.channels * depth if rows < _FEW * images else 0
-    return 2 * few > products
+        products += rows * size
+        if rows < _FEW * images:
+            few, weights = few + rows * size, weights + size
+    return 2 * few > products and weights > _NEAR
 
 
 #: Rows of one tile: with fewer, a kernel does not make the most of the weights that it reads.
 _FEW = 6
+
+#: Bytes of weights that a core has at hand all the time.
+_NEAR = 64 << 10
 
 
 class _ImageByImage:
