@@ -26,12 +26,16 @@ from fxcompress.emit.cpu_int8 import (
     Int8Affine,
     Int8AvgPool,
     Int8Conv,
+    Int8DynamicLinear,
+    Int8Embedding,
     Int8Layer,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
+    Int8WeightOnlyLinear,
     Kernel,
     Quantize,
+    QuantizeRows,
     activation_of,
 )
 from fxcompress.errors import OptionError
@@ -450,7 +454,9 @@ def test_every_module_is_listed_and_described_by_plain_values() -> None:
         Quantize(SIGNED.config()), Dequantize(SIGNED.config()), Int8MaxPool([2, 2], [2, 2], [0, 0], [1, 1], False),
         Int8Add(SIGNED.config(), POSITIVE.config(), SIGNED.config(), True),
         Int8Mul(SIGNED.config(), None, SIGNED.config()), Int8Affine(3, SIGNED.config(), POSITIVE.config(), True),
-        Int8AvgPool(SIGNED.config(), POSITIVE.config(), "mean", 0, {"dim": [2, 3]}),
+        Int8AvgPool(SIGNED.config(), POSITIVE.config(), "mean", 0, {"dim": [2, 3]}), QuantizeRows(0, 255),
+        Int8DynamicLinear(2, 3, True), Int8WeightOnlyLinear(3, 2, False, SIGNED.config(), ("silu",)),
+        Int8Embedding(5, 2),
     ]  # fmt: skip
     assert {type(module).__name__ for module in modules} == set(MODULES)
     for module in modules:

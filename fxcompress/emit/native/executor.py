@@ -340,6 +340,8 @@ def images_of(plan: Plan) -> int:
     images = found.pop() if len(found) == 1 else 1
     if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
         return 1
+    if _reads_weights_for_few(plan, images):
+        return 1
     for view in plan.views:
         if view.buffer.place == "constant":
             if view.meta.ndim and view.meta.shape[0] == images:
@@ -354,6 +356,34 @@ def images_of(plan: Plan) -> int:
             return 1
     leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
     return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
+
+
+def _reads_weights_for_few(plan: Plan, images: int) -> bool:
+    """Whether most products are those of layers with a few rows in each image, and weights that are not near by.
+
+    They would be read for each image anew: for all images together they need to be read once.
+    """
+    few = products = weights = 0
+    for item in plan.items:
+        if isinstance(item, steps.Convolution):
+            rows = item.images * item.height * item.width
+            size = item.channels * item.rows_of_window * item.columns_of_window * item.run
+        elif isinstance(item, (steps.RowLinear, steps.WeightLinear)):
+            rows, depth = item.rows, item.run if isinstance(item, steps.RowLinear) else item.depth
+            size = item.channels * depth
+        else:
+            continue
+        products += rows * size
+        if rows < _FEW * images:
+            few, weights = few + rows * size, weights + size
+    return 2 * few > products and weights > _NEAR
+
+
+#: Rows of one tile: with fewer, a kernel does not make the most of the weights that it reads.
+_FEW = 6
+
+#: Bytes of weights that a core has at hand all the time.
+_NEAR = 64 << 10
 
 
 class _ImageByImage:

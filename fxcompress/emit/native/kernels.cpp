@@ -187,8 +187,37 @@ struct Affine {
     int64_t zero, low, high;
 };
 
+// Rows of real numbers to bytes, each on a grid of its own, which covers the row and zero.
+struct RowEntrance {
+    int64_t op;
+    Place source, result;
+    Place scales, zeros;  // of the rows: float and int32
+    int64_t rows, channels;
+    int64_t low, high;
+};
+
+// Rows of such bytes times weights: y = (sum - zero * sum of weights) * scale of the row * scale + bias, and so on.
+struct RowLinear {
+    int64_t op;
+    Place source, scales, zeros, result;
+    int64_t rows, channels, run;  // channels: of the result; run: bytes of a row, a multiple of 4
+    const int8_t* weights;        // as a convolution has them
+    const int32_t* sums;          // of the weights of each output channel, in whole vectors
+    Finish finish;
+};
+
+// Rows of real numbers times int8 weights, which become real numbers in registers.
+struct WeightLinear {
+    int64_t op;
+    Place source, result;
+    int64_t rows, channels, depth;
+    const int8_t* weights;  // (blocks of output channels, depth, channels of the block)
+    Finish finish;
+};
+
 enum Op : int64_t {
-    CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, AFFINE
+    CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, ROW_ENTRANCE,
+    ROW_LINEAR, WEIGHT_LINEAR, AFFINE
 };
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
@@ -1090,6 +1119,189 @@ void multiply(const Product& c, uint8_t* const* buffers, int thread, int threads
     }
 }
 
+// ----------------------------------------------------------------------------- linear layers with real numbers as input
+
+// The grid of a row from its smallest and largest number, by the formulas of `quant/rows.py`, operation for operation.
+struct RowGrid {
+    float scale, inverse;
+    int32_t zero;
+    RowGrid(float low, float high, bool nan, int64_t first, int64_t last) {
+        constexpr float largest = 1.70141173e38f, smallest_scale = 1e-18f;
+        low = std::max(std::min(low, 0.0f), -largest);
+        high = std::min(std::max(high, 0.0f), largest);
+        scale = (high - low) / (float)(last - first);
+        scale = nan ? NAN : scale == 0.0f ? 1.0f : std::max(scale, smallest_scale);
+        inverse = 1.0f / scale;
+        const float exact = std::nearbyintf((float)first - low / scale);
+        zero = nan ? (int32_t)first : (int32_t)std::min(std::max(exact, (float)first), (float)last);
+    }
+};
+
+void enter_rows(const RowEntrance& c, uint8_t* const* buffers, int thread, int threads) {
+    for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
+        const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
+        __m512 low = _mm512_setzero_ps(), high = low;
+        __mmask16 nan = 0;
+        for (int64_t i = 0; i < c.channels; i += 16) {
+            const __m512 x = _mm512_maskz_loadu_ps(first_floats(c.channels - i), from + i);
+            low = _mm512_min_ps(x, low);
+            high = _mm512_max_ps(x, high);
+            nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        }
+        const RowGrid grid(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), nan != 0, c.low, c.high);
+        *(float*)(buffers[c.scales.buffer] + c.scales.offset + row * c.scales.pixel) = grid.scale;
+        *(int32_t*)(buffers[c.zeros.buffer] + c.zeros.offset + row * c.zeros.pixel) = grid.zero;
+        to_bytes(from, buffers[c.result.buffer] + c.result.offset + row * c.result.pixel, c.channels,
+                 Limits(grid.inverse, grid.zero, c.low, c.high));
+    }
+}
+
+// Scale, bias, residual, activation and storing of the products of one row with NB vectors of channels.
+template <int NB>
+void finish_row(const Finish& f, const Limits& limits, const float* products, float factor, int64_t channel,
+                int64_t count, uint8_t* result, const uint8_t* residual) {
+    __m512 y[4];
+    UNROLL for (int n = 0; n < 4; n++) {
+        y[n] = _mm512_setzero_ps();
+        if (n >= NB) continue;
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(f.scale + channel + 16 * n), _mm512_set1_ps(factor));
+        y[n] = _mm512_fmadd_ps(_mm512_load_ps(products + 16 * n), scale, _mm512_loadu_ps(f.bias + channel + 16 * n));
+        if (residual)
+            y[n] = _mm512_add_ps(y[n], residual_numbers(f, residual, channel + 16 * n, first_floats(count - 16 * n)));
+        if (f.activation != NONE) y[n] = activate(y[n], f.activation, (float)f.argument0, (float)f.argument1);
+        if (f.kind == FLOAT)
+            _mm512_mask_storeu_ps((float*)result + channel + 16 * n, first_floats(count - 16 * n), y[n]);
+    }
+    if (f.kind == FLOAT) return;
+    __m512i q[4];
+    UNROLL for (int n = 0; n < 4; n++) q[n] = to_integers(_mm512_mul_ps(y[n], limits.inverse));
+    store_bytes(result + channel, in_order(narrow(q, limits.zero, limits.low, limits.high)),
+                std::min<int64_t>(count, 16 * NB));
+}
+
+// Where a tile of rows lies, and the numbers of these rows.
+struct RowTile {
+    const uint8_t* source[14];
+    uint8_t* result[14];
+    const uint8_t* residual[14];
+    float scale[14];
+    int32_t zero[14];
+};
+
+template <int MR, int NB>
+__attribute__((noinline)) void row_tile(const RowLinear& c, const RowTile& at, const int8_t* weights,
+                                        const Limits& limits, int64_t channel, int64_t count) {
+    __m512i sums[MR][NB];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
+    const uint8_t* p[MR];
+    UNROLL for (int m = 0; m < MR; m++) p[m] = at.source[m];
+    for (int64_t k = 0; k < c.run; k += 4, weights += 64 * NB) {
+        __m512i w[NB];
+        UNROLL for (int n = 0; n < NB; n++) w[n] = _mm512_load_si512(weights + 64 * n);
+        UNROLL for (int m = 0; m < MR; m++) {
+            int32_t four;
+            std::memcpy(&four, p[m] + k, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], x, w[n]);
+        }
+    }
+    alignas(64) float made[MR][16 * NB];
+    UNROLL for (int m = 0; m < MR; m++) {
+        const __m512i zero = _mm512_set1_epi32(at.zero[m]);
+        UNROLL for (int n = 0; n < NB; n++) {
+            const __m512i shift = _mm512_mullo_epi32(zero, _mm512_load_si512(c.sums + channel + 16 * n));
+            _mm512_store_ps(made[m] + 16 * n, _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[m][n], shift)));
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        finish_row<NB>(c.finish, limits, made[m], at.scale[m], channel, count, at.result[m], at.residual[m]);
+}
+
+template <int MR, int NB>
+__attribute__((noinline)) void row_tile(const WeightLinear& c, const RowTile& at, const int8_t* weights,
+                                        const Limits& limits, int64_t channel, int64_t count) {
+    constexpr int CHAINS = MR * NB < 8 ? 2 : 1;  // of sums: few of them would wait for each other
+    __m512 sums[CHAINS][MR][NB];
+    UNROLL for (int i = 0; i < CHAINS; i++)
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[i][m][n] = _mm512_setzero_ps();
+    const float* p[MR];
+    UNROLL for (int m = 0; m < MR; m++) p[m] = (const float*)at.source[m];
+    auto add = [&](int64_t k, __m512 (*to)[NB]) __attribute__((always_inline)) {
+        __m512 w[NB];
+        UNROLL for (int n = 0; n < NB; n++)
+            w[n] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(weights + k * 16 * NB) + n)));
+        UNROLL for (int m = 0; m < MR; m++) {
+            const __m512 x = _mm512_set1_ps(p[m][k]);
+            UNROLL for (int n = 0; n < NB; n++) to[m][n] = _mm512_fmadd_ps(x, w[n], to[m][n]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + CHAINS <= c.depth; k += CHAINS) UNROLL for (int i = 0; i < CHAINS; i++) add(k + i, sums[i]);
+    for (; k < c.depth; k++) add(k, sums[0]);
+    alignas(64) float made[MR][16 * NB];
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NB; n++)
+            _mm512_store_ps(made[m] + 16 * n,
+                            CHAINS == 1 ? sums[0][m][n] : _mm512_add_ps(sums[0][m][n], sums[CHAINS - 1][m][n]));
+    for (int m = 0; m < MR; m++)
+        finish_row<NB>(c.finish, limits, made[m], 1.0f, channel, count, at.result[m], at.residual[m]);
+}
+
+template <int NB, class Step>
+void row_tiles(const Step& c, int rows, const RowTile& at, const int8_t* weights, const Limits& limits, int64_t channel,
+               int64_t count) {
+    switch (rows) {
+#define CASE(MR) \
+    case MR: \
+        if constexpr (MR * NB <= 24) row_tile<MR, NB>(c, at, weights, limits, channel, count); \
+        return
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+        CASE(13); CASE(14);
+#undef CASE
+    }
+}
+
+INLINE void take_numbers(const RowLinear& c, uint8_t* const* buffers, int64_t row, int m, RowTile& at) {
+    at.scale[m] = *(const float*)(buffers[c.scales.buffer] + c.scales.offset + row * c.scales.pixel);
+    at.zero[m] = *(const int32_t*)(buffers[c.zeros.buffer] + c.zeros.offset + row * c.zeros.pixel);
+}
+INLINE void take_numbers(const WeightLinear&, uint8_t* const*, int64_t, int, RowTile&) {}
+
+// Threads share the blocks of channels, so that each reads its weights once; of the block between two, they share the
+// tiles of rows. run: bytes of an output channel's weights.
+template <class Step>
+void multiply_rows(const Step& c, int64_t run, uint8_t* const* buffers, int thread, int threads) {
+    const Finish& f = c.finish;
+    const Limits limits(f.inverse, f.zero, f.low, f.high);
+    const int64_t vectors = (c.channels + 15) / 16, blocks = (vectors + 3) / 4;
+    const int64_t tall = TILE[(vectors + blocks - 1) / blocks], tiles = (c.rows + tall - 1) / tall;
+    const int64_t total = blocks * tiles;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t b = work / tiles, t = work % tiles;
+        const int64_t vector = vectors / blocks * b + std::min(b, vectors % blocks);
+        const int64_t from = c.rows * t / tiles;
+        const int rows = (int)(c.rows * (t + 1) / tiles - from);
+        RowTile at;
+        for (int m = 0; m < rows; m++) {
+            const int64_t row = from + m;
+            at.source[m] = buffers[c.source.buffer] + c.source.offset + row * c.source.pixel;
+            at.result[m] = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
+            at.residual[m] = nullptr;
+            if (f.residual_kind != -1)
+                at.residual[m] = buffers[f.residual.buffer] + f.residual.offset + row * f.residual.pixel;
+            take_numbers(c, buffers, row, m, at);
+        }
+        const int8_t* weights = c.weights + vector * run * 16;
+        const int64_t channel = 16 * vector, count = c.channels - channel;
+        switch (vectors / blocks + (b < vectors % blocks)) {
+            case 4: row_tiles<4>(c, rows, at, weights, limits, channel, count); break;
+            case 3: row_tiles<3>(c, rows, at, weights, limits, channel, count); break;
+            case 2: row_tiles<2>(c, rows, at, weights, limits, channel, count); break;
+            default: row_tiles<1>(c, rows, at, weights, limits, channel, count);
+        }
+    }
+}
+
 // Steps take a few microseconds, so that threads wait for each other awake; where there are more threads than cores,
 // one that waits for long makes room.
 struct Barrier {
@@ -1119,6 +1331,15 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
         case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
         case AFFINE: return affine(*(const Affine*)step, buffers, thread, threads);
+        case ROW_ENTRANCE: return enter_rows(*(const RowEntrance*)step, buffers, thread, threads);
+        case ROW_LINEAR: {
+            const RowLinear& c = *(const RowLinear*)step;
+            return multiply_rows(c, c.run, buffers, thread, threads);
+        }
+        case WEIGHT_LINEAR: {
+            const WeightLinear& c = *(const WeightLinear*)step;
+            return multiply_rows(c, c.depth, buffers, thread, threads);
+        }
     }
 }
 
@@ -1139,6 +1360,9 @@ int64_t fxc_size(int64_t op) {
         case NORMALIZATION: return sizeof(Normalization);
         case PRODUCT: return sizeof(Product);
         case AFFINE: return sizeof(Affine);
+        case ROW_ENTRANCE: return sizeof(RowEntrance);
+        case ROW_LINEAR: return sizeof(RowLinear);
+        case WEIGHT_LINEAR: return sizeof(WeightLinear);
     }
     return 0;
 }

@@ -89,6 +89,25 @@ def convolution(weights: torch.Tensor) -> torch.Tensor:
     return aligned(torch.cat(pieces, 1))
 
 
+def float_linear(weight: torch.Tensor) -> torch.Tensor:
+    """Pack an int8 weight (out features, in features) that is multiplied as real numbers.
+
+    Returns:
+        int8, flat: for each block and input feature, the weights of the block's output channels side by side.
+    """
+    padded = torch.zeros(rounded_up(len(weight), LANES), weight.shape[1], dtype=torch.int8)
+    padded[: len(weight)] = weight
+    rows = padded.split([LANES * wide for wide in blocks(len(weight))])
+    return aligned(torch.cat([block.t().flatten() for block in rows]))
+
+
+def integer_vectors(numbers: torch.Tensor) -> torch.Tensor:
+    """Return one int32 number for each output channel, in whole vectors."""
+    padded = torch.zeros(rounded_up(len(numbers), LANES), dtype=torch.int32)
+    padded[: len(numbers)] = numbers
+    return aligned(padded)
+
+
 def joined_groups(out_channels: int, group_in: int, groups: int) -> int:
     """Return how many groups of a convolution are computed as one, so that they have a vector of output channels.
 

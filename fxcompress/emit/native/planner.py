@@ -16,17 +16,21 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from fxcompress.emit.cpu_dynamic import MOST_FEATURES
 from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
     Int8Affine,
     Int8AvgPool,
     Int8Conv,
-    Int8Layer,
+    Int8DynamicLinear,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
+    Int8WeightOnlyLinear,
     Quantize,
+    QuantizedLayer,
+    QuantizeRows,
     activation_of,
 )
 from fxcompress.emit.cpu_numbers import broadcast, channels_last_strides, inverse
@@ -573,6 +577,72 @@ class _Planner:
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
+    def _quantize_rows(self, module: QuantizeRows, x: View) -> tuple[View, View, View]:
+        if x.meta.dtype != torch.float32 or x.meta.numel() == 0:
+            raise Unplanned
+        q = self._new(x.meta.shape, torch.uint8)
+        scales, zeros = (self._new((*x.meta.shape[:-1], 1), dtype) for dtype in (torch.float32, torch.int32))
+        x, rows = self._rows(x)
+        step = steps.RowEntrance(
+            source=_rows_place(rows), result=steps.Place(q.buffer.index, 0, rows.meta.shape[1], 0),
+            scales=steps.Place(scales.buffer.index, 0, 4, 0), zeros=steps.Place(zeros.buffer.index, 0, 4, 0),
+            rows=rows.meta.shape[0], channels=rows.meta.shape[1], low=module.quant_min, high=module.quant_max,
+        )  # fmt: skip
+        self._emit(step, x, q, scales, zeros)
+        return q, scales, zeros
+
+    def _dynamic_linear(
+        self, module: Int8DynamicLinear, quantized: tuple[View, View, View], residual: View | None = None
+    ) -> View:
+        if module.in_features > MOST_FEATURES:
+            raise Unplanned
+        q, scales, zeros = quantized
+        if module not in self.packed:
+            weights = packing.convolution(module.weight[None, :, None, :])
+            self.packed[module] = (weights, *_scaled(module), packing.integer_vectors(module.column_sums()))
+        weights, bias, scale, sums = self.packed[module]
+        step = steps.RowLinear(
+            run=packing.rounded_up(module.in_features, packing.DEPTH), weights=self._kept(weights),
+            sums=self._kept(sums),
+        )  # fmt: skip
+        (scales, scale_rows), (zeros, zero_rows) = self._rows(scales), self._rows(zeros)
+        step.scales, step.zeros = _rows_place(scale_rows), _rows_place(zero_rows)
+        return self._multiplied_rows(module, step, q, residual, (scale, bias), scales, zeros)
+
+    def _weight_linear(self, module: Int8WeightOnlyLinear, x: View, residual: View | None = None) -> View:
+        if x.meta.dtype != torch.float32:
+            raise Unplanned
+        if module not in self.packed:
+            self.packed[module] = (packing.float_linear(module.weight), *_scaled(module))
+        weights, bias, scale = self.packed[module]
+        step = steps.WeightLinear(depth=module.in_features, weights=self._kept(weights))
+        return self._multiplied_rows(module, step, x, residual, (scale, bias))
+
+    def _multiplied_rows(
+        self,
+        module: QuantizedLayer,
+        step: steps.RowLinear | steps.WeightLinear,
+        x: View,
+        residual: View | None,
+        numbers: tuple[torch.Tensor, torch.Tensor],
+        *read: View,
+    ) -> View:
+        """Emit a step over rows once its places and its finish are filled in; `read` is what else it reads."""
+        shape = [*x.meta.shape[:-1], module.weight.shape[0]]
+        if x.meta.numel() == 0 or not module.weight.numel():
+            raise Unplanned
+        if residual is not None:
+            if list(residual.meta.shape) != shape:
+                raise Unplanned
+            residual, added = self._rows(residual)
+        x, rows = self._rows(x, room=x.meta.dtype == torch.uint8)
+        result = self._result(module, shape, residual)
+        step.source, step.result = _rows_place(rows), _rows_place(result)
+        step.rows, step.channels = rows.meta.shape[0], shape[-1]
+        step.finish = self._finish(module, *numbers, None if residual is None else added)
+        self._emit(step, x, result, *read, *([residual] if residual else []))
+        return result
+
     def _rows(self, view: View, room: bool = False) -> tuple[View, View]:
         """A value (..., features), with room behind it: as it is, and as (rows, features)."""
         self.plan.mixes |= view.meta.ndim < 2
@@ -584,7 +654,7 @@ class _Planner:
         copy = self._contiguous(view)
         return copy, copy.other(copy.meta.view(-1, copy.meta.shape[-1]))
 
-    def _result(self, module: Int8Layer, shape: Sequence[int], residual: View | None) -> View:
+    def _result(self, module: QuantizedLayer, shape: Sequence[int], residual: View | None) -> View:
         dtype = torch.float32 if module.output is None else torch.uint8
         if residual is not None and module.overwrite and residual.buffer.place == "arena":
             strides = channels_last_strides(shape) if isinstance(module, Int8Conv) else None
@@ -594,7 +664,7 @@ class _Planner:
         return self._made(shape, dtype, images=isinstance(module, Int8Conv))
 
     def _finish(
-        self, module: Int8Layer, scale: torch.Tensor, bias: torch.Tensor, residual: View | None
+        self, module: QuantizedLayer, scale: torch.Tensor, bias: torch.Tensor, residual: View | None
     ) -> steps.Finish:
         finish = steps.Finish(
             scale=self._kept(scale), bias=self._kept(bias), inverse=1.0, high=255, residual_kind=steps.NOTHING
@@ -616,7 +686,7 @@ class _Planner:
         elif word != "none":
             finish.activation, finish.argument0, finish.argument1 = _activation(word, arguments)
         if residual is not None:
-            finish.residual = _rows_place(residual) if isinstance(module, Int8Linear) else _place(residual)
+            finish.residual = _place(residual) if isinstance(module, Int8Conv) else _rows_place(residual)
             finish.residual_kind, finish.residual_scale = steps.FLOAT, 1.0
             if isinstance(module.residual, Grid):
                 finish.residual_kind, finish.residual_scale = steps.BYTES, module.residual.scale
@@ -979,6 +1049,12 @@ def _packed_convolution(module: Int8Conv, kernel: Sequence[int], in_rows: bool) 
     return packed, groups, group, run, packing.vectors(bias, group), packing.vectors(scale, group)
 
 
+def _scaled(module: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bias and scale of the output channels of a layer whose input has no scale of its own."""
+    bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
+    return packing.vectors(bias), packing.vectors(module.weight_scale)
+
+
 def _flat_geometry(module: Int8Conv) -> tuple[list[int], ...]:
     """A convolution with one spatial dimension, as one with two of which the first has size one."""
     return [1, *module.kernel_size], [1, *module.stride], [0, *module.padding], [1, *module.dilation]
@@ -1102,9 +1178,12 @@ _MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
     "attention": _Planner._attention,
 }
 
-_MODULES: dict[type[nn.Module], Callable[..., View]] = {
+_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     Int8Conv: _Planner._conv,
     Int8Linear: _Planner._linear,
+    QuantizeRows: _Planner._quantize_rows,
+    Int8DynamicLinear: _Planner._dynamic_linear,
+    Int8WeightOnlyLinear: _Planner._weight_linear,
     Int8MaxPool: _Planner._max_pool,
     Int8AvgPool: _Planner._avg_pool,
     Quantize: _Planner._quantize,

@@ -165,10 +165,40 @@ class Product(Step):
     )  # fmt: skip
 
 
+class RowEntrance(Step):
+    """Rows of real numbers to bytes, each on a grid of its own."""
+
+    number = 10
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("scales", Place), ("zeros", Place), ("rows", _number),
+        ("channels", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+class RowLinear(Step):
+    """Linear layer on such rows."""
+
+    number = 11
+    _fields_ = (
+        ("op", _number), ("source", Place), ("scales", Place), ("zeros", Place), ("result", Place), ("rows", _number),
+        ("channels", _number), ("run", _number), ("weights", _pointer), ("sums", _pointer), ("finish", Finish),
+    )  # fmt: skip
+
+
+class WeightLinear(Step):
+    """Linear layer of real numbers with int8 weights."""
+
+    number = 12
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("rows", _number), ("channels", _number),
+        ("depth", _number), ("weights", _pointer), ("finish", Finish),
+    )  # fmt: skip
+
+
 class Affine(Step):
     """A factor and a summand for each channel, of bytes."""
 
-    number = 10
+    number = 13
     _fields_ = (
         ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("pixels", _number),
         ("channels", _number), ("source_scale", _real), ("source_shift", _real), ("scale", _pointer),
@@ -177,5 +207,6 @@ class Affine(Step):
 
 
 KINDS: tuple[type[Step], ...] = (
-    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product, Affine,
+    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product, RowEntrance, RowLinear,
+    WeightLinear, Affine,
 )  # fmt: skip
