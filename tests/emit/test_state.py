@@ -102,7 +102,8 @@ def test_every_grid_of_a_kernel_is_in_its_state(name: str) -> None:
     grids = {"input": Grid(0.25, 3), "output": Grid(0.5, 128), "left": Grid(0.125, 0), "right": Grid(2.0, 9),
              "grid": Grid(1.5, 1, 0, 15)}  # fmt: skip
     config = {
-        "channels": 2, "in_channels": 2, "out_channels": 2, "in_features": 2, "out_features": 2, "kernel_size": [1], "stride": [1],
+        **dict.fromkeys(("channels", "in_channels", "out_channels", "in_features", "out_features"), 2),
+        "kernel_size": [1], "stride": [1],
         "padding": [0], "dilation": [1], "groups": 1, "bias": True, "ceil_mode": False, "operation": "mean",
         "dimensions": 0, "arguments": {}, **{name: grid.config() for name, grid in grids.items()},
     }  # fmt: skip
