@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch._compile import _disable_dynamo
 
 from fxcompress.emit.cpu_numbers import Kernel, has_kernels
 from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
@@ -70,10 +71,9 @@ class CompactModule(NumbersInState, fx.GraphModule):
                 raise
             raise reason from error
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="8-bit kernels run as they are: torch.compile has nothing to add to them, and cannot follow them"
-    )
+    @_disable_dynamo  # torch.compiler.disable would load the compiler for everybody
     def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Run 8-bit kernels as they are: torch.compile has nothing to add to them, and cannot follow them."""
         return self(*args, **kwargs)
 
     @property

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from fxcompress.emit import onednn
-from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
+from fxcompress.emit.cpu_numbers import (
+    Kernel,
+    broadcast,
+    channels_last_strides,
+    images_outline,
+    integers,
+    laid_out,
+    real,
+    without_kernels,
+)
 from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
@@ -107,6 +116,15 @@ class Int8Layer(Kernel):
         self.register_buffer("weight_scale", torch.ones(weight_shape[0]))
         self.register_buffer("bias", torch.zeros(weight_shape[0]) if bias else None)
         self._run: Run | None = None  # derived from all of the above at the first call
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape = self._result_shape(self._fitting(inputs[0]).shape)
+        shape = broadcast(shape, *(residual.shape for residual in inputs[1:]))
+        dtype = torch.float32 if self.output is None else torch.uint8
+        if isinstance(self, Int8Conv):
+            return images_outline(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's result for uint8 numbers on the input grid, and for a second input if it takes one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from fxcompress.emit.grid_state import NumbersInState, grids_of, take_grids
 from fxcompress.errors import InputError, UnsupportedError
@@ -22,6 +23,30 @@ def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     for axis in (1, *reversed(range(2, len(shape))), 0):
         strides[axis], step = step, step * shape[axis]
     return tuple(strides)
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the common shape. (`torch.broadcast_shapes` loads sympy.)"""
+    dimensions = max(map(len, shapes))
+    result = []
+    for sizes in zip(*((1,) * (dimensions - len(shape)) + tuple(shape) for shape in shapes), strict=True):
+        others = {size for size in sizes if size != 1}
+        if len(others) > 1:
+            raise InputError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not fit each other")
+        result.append(others.pop() if others else 1)
+    return tuple(result)
+
+
+def images_outline(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor (batch, channels, *spatial) without numbers whose channels lie side by side."""
+    if min(shape) < 0:
+        raise InputError(f"no result of shape {tuple(shape)} can be made")
+    return torch.empty_strided(tuple(shape), channels_last_strides(shape), dtype=dtype, device="meta")
+
+
+def outline_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without numbers that lies as another one does."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta")
 
 
 def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -43,6 +68,18 @@ class Kernel(NumbersInState):
     def from_config(cls, config: dict[str, Any]) -> Any:
         """Build the module that `config()` described; `load_state_dict` fills its tensors."""
         return cls(**config)
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return a result without numbers for inputs without numbers, all of the device "meta".
+
+        Kernels say it themselves, because much of PyTorch has to be loaded to run its operators on that device.
+
+        Raises:
+            InputError: the module does not take such inputs.
+        """
+        state = {name: part.to("meta") for name, part in (*self.named_parameters(), *self.named_buffers())}
+        found: torch.Tensor = functional_call(self, state, inputs)
+        return found
 
     def extra_repr(self) -> str:
         """The config, for the printed module."""
@@ -78,6 +115,14 @@ class Quantize(Kernel):
         """Derive the factor anew."""
         self._inverse = inverse(self.grid.scale)
 
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        (input,) = inputs
+        if isinstance(input, torch.Tensor) and not input.dtype.is_floating_point:  # fx traces with proxies
+            raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
+        images = input.ndim in MEMORY_FORMATS
+        return images_outline(input.shape, torch.uint8) if images else outline_like(input, torch.uint8)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the integers nearest to `input`, a float tensor of any shape.
 
@@ -90,7 +135,7 @@ class Quantize(Kernel):
                 "torch.jit and torch.onnx cannot follow 8-bit kernels. Keep the module with save(path); for ONNX, end "
                 "the passes with 'insert-observers, calibrate, convert-observed' and call export_onnx(path)"
             )
-        if not input.dtype.is_floating_point:
+        if isinstance(input, torch.Tensor) and not input.dtype.is_floating_point:
             raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
         memory_format = MEMORY_FORMATS.get(input.ndim)
         if memory_format is not None:
@@ -112,6 +157,10 @@ class Dequantize(Kernel):
     def __init__(self, grid: Sequence[Any]) -> None:
         super().__init__()
         self.grid = Grid.from_config(grid)
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        return outline_like(inputs[0], torch.float32)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the real numbers that integers of any shape stand for."""

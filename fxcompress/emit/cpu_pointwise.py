@@ -10,7 +10,18 @@ import torch.nn.functional as F
 
 from fxcompress.emit import onednn
 from fxcompress.emit.cpu_layers import Int8Conv
-from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
+from fxcompress.emit.cpu_numbers import (
+    Kernel,
+    broadcast,
+    channels_last_strides,
+    images_outline,
+    integers,
+    laid_out,
+    outline_like,
+    real,
+    without_kernels,
+)
+from fxcompress.errors import InputError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
 
@@ -46,6 +57,13 @@ class _Binary(Kernel):
             "output": self.output.config(),
             "relu": self.relu,
         }
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape = broadcast(*(one.shape for one in inputs))
+        if len(shape) > 2:
+            return images_outline(shape, torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     def _numbers(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -138,6 +156,13 @@ class Int8Affine(Kernel):
             "relu": self.relu,
         }
 
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        (input,) = inputs
+        if input.ndim < 2 or input.shape[1] != len(self.scale):
+            raise InputError(f"{type(self).__name__} takes {len(self.scale)} channels, not {tuple(input.shape)}")
+        return outline_like(input, torch.uint8)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return y = x scale + shift for a tensor (n, channels, ...) on the input grid, on the output grid."""
         shape = (-1, *[1] * (input.ndim - 2))
@@ -176,6 +201,13 @@ class Int8MaxPool(Kernel):
             "dilation": self.dilation,
             "ceil_mode": self.ceil_mode,
         }
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        (input,) = inputs
+        if input.ndim != len(self.kernel_size) + 2:
+            return super().outline(input)
+        return images_outline((*input.shape[:2], *self._geometry(input)[0]), torch.uint8)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the maxima of a tensor of shape (..., *spatial)."""
@@ -282,12 +314,30 @@ class Int8AvgPool(Kernel):
             "arguments": self.arguments,
         }
 
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape, given = list(inputs[0].shape), self.arguments
+        if self.operation == "adaptive_avg_pool":
+            wanted = given["output_size"]
+            wanted = [wanted] * self.dimensions if isinstance(wanted, int) else list(wanted)
+            for axis, size in zip(range(-self.dimensions, 0), wanted, strict=True):
+                shape[axis] = shape[axis] if size is None else size
+        elif self.operation == "mean":
+            dims = [given["dim"]] if isinstance(given["dim"], int) else given["dim"]
+            averaged = {range(len(shape))[dim] for dim in dims}
+            keep = bool(given.get("keepdim"))
+            shape = [1 if axis in averaged else size for axis, size in enumerate(shape) if keep or axis not in averaged]
+        else:
+            return outline_like(self._average_of(outline_like(inputs[0], torch.float32)), torch.uint8)
+        if len(shape) > 2:
+            return images_outline(shape, torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the averages of uint8 numbers on the input grid, on the output grid."""
-        return integers(self._average(input), self.output)
+        return integers(self._average_of(real(input, self.input)), self.output)
 
-    def _average(self, input: torch.Tensor) -> torch.Tensor:
-        values = real(input, self.input)
+    def _average_of(self, values: torch.Tensor) -> torch.Tensor:
         if self.operation == "mean":
             return values.mean(**self.arguments)
         average: Callable[..., torch.Tensor] = _AVERAGES[self.operation][self.dimensions]

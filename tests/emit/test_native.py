@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 import fxcompress as fxc
 from fxcompress.emit.compact_module import CompactModule
@@ -35,7 +36,7 @@ from fxcompress.emit.cpu_int8 import (
     Int8Mul,
     Quantize,
 )
-from fxcompress.emit.native import library, memory, packing, steps
+from fxcompress.emit.native import executor, library, memory, packing, steps
 from fxcompress.emit.native.memory import Buffer, arrange
 from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.spec import Grid
@@ -246,6 +247,34 @@ def test_numbers_in_and_out(shape: tuple[int, ...], layout: str) -> None:
     assert_same(chain(Quantize(SIGNED.config()), Dequantize(SIGNED.config())), x)
 
 
+class _Forms(fx.Interpreter):
+    """Notes shape and dtype of what each node makes."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.found[n.name] = form(value)
+        return value
+
+
+def form(value: Any) -> Any:
+    return [(leaf.shape, leaf.dtype) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def forms(compact: CompactModule, *inputs: Any) -> dict[str, Any]:
+    noting = _Forms(compact)
+    with torch.no_grad():
+        noting.run(*inputs)
+    return noting.found
+
+
+def recorded_forms(compact: CompactModule, *inputs: Any) -> dict[str, Any]:
+    return {node.name: form(value) for node, value in executor.record(compact, inputs).items()}
+
+
 @given(programs(max_steps=8), st.sampled_from([1, 3, 5]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_random_models_compute_what_their_graphs_compute(model: Program, batch: int) -> None:
@@ -253,6 +282,7 @@ def test_random_models_compute_what_their_graphs_compute(model: Program, batch: 
     assume(1e-3 < float(model(data).detach().abs().max()) < 1e4)
     compact = fxc.compile(model, "fuse, quantize", data, verify=False, calibration=[data])
     x = example(batch).float()
+    assert recorded_forms(compact, x) == forms(compact, x)
     expected = by_graph(compact, x)
     for _ in range(2):
         found = compact(x)
@@ -471,6 +501,24 @@ def test_buffers_in_use_at_the_same_time_do_not_overlap(drawn: Sequence[tuple[in
 def test_buffers_of_different_times_share_memory() -> None:
     buffers = [Buffer(i, "arena", 1000, i, i + 1) for i in range(50)]  # a chain: two at a time
     assert arrange(buffers)[1] <= 2 * (1000 + memory.SLACK + memory.ALIGNMENT)
+
+
+SMALL = """
+import sys
+import torch
+import fxcompress as fxc
+compact = fxc.load(sys.argv[1])
+print(tuple(compact(torch.randn(2, 3, 14, 13)).shape), compact._native.made is not None)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_the_first_call_loads_no_compiler_of_pytorch(tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 14, 13)
+    path = tmp_path / "dense.fxc"
+    fxc.compile(Dense("list"), "fuse, quantize", x, calibration=[x]).save(path)
+    done = subprocess.run([sys.executable, "-c", SMALL, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(2, 5, 6, 5) True", "[]"]
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40))

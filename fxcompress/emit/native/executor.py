@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.cpu_numbers import Kernel, broadcast, channels_last_strides
 from fxcompress.emit.native import memory, steps
 from fxcompress.emit.native.library import Library, library
 from fxcompress.emit.native.memory import SLACK, View
-from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
+from fxcompress.emit.native.paging import give_back, page_out
+from fxcompress.emit.native.planner import ELEMENTWISE, Plan, PythonCall, make_plan
+from fxcompress.graph import ops
 
 
 class Unplannable(Exception):
@@ -90,6 +93,7 @@ class Executor:
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library
         self.packed: dict[Any, Any] = {}
+        self.paged: set[nn.Module] = set()
         self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -122,10 +126,23 @@ class Executor:
             plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
             single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
             bound = BoundPlan(plan, self.library, single)
+            self._page_out()
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = bound
         return bound
+
+    def _page_out(self) -> None:
+        """Keep weights in memory once, as the kernels want them."""
+        layers = {key[0] if isinstance(key, tuple) else key for key in self.packed} - self.paged
+        for layer in layers:
+            if isinstance(layer, Kernel):
+                layer.repack()  # what the graph has prepared for itself
+                for buffer in layer.buffers(recurse=False):
+                    page_out(buffer)
+        self.paged |= layers
+        if layers:
+            give_back()
 
     def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
         """A plan for the first image of a batch, which will do for each of them."""
@@ -159,14 +176,12 @@ def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node,
     Raises:
         Unplannable: it is such a graph, or these are not inputs of it.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(graph_module)
-    try:
-        with torch.no_grad(), mode, _silence():
-            recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
-    except Exception as error:  # whatever a function of the user's makes of tensors without numbers
-        raise Unplannable from error
-    return recorder.values
+    for kind in (_MetaRecorder, _FakeRecorder):
+        recorder = kind(graph_module)
+        with torch.no_grad(), _silence(), contextlib.suppress(Exception):  # whatever users make of such tensors
+            recorder.record(inputs)
+            return recorder.values
+    raise Unplannable
 
 
 @contextlib.contextmanager
@@ -180,16 +195,16 @@ def _silence() -> Iterator[None]:
         logger.disabled = before
 
 
-def _faked(mode: FakeTensorMode, value: Any) -> Any:
-    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node made."""
+    """Runs a graph and keeps what each node made, as tensors of the device "meta"."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.values: dict[fx.Node, Any] = {}
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        """Run on tensors without numbers."""
+        raise NotImplementedError
 
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
@@ -197,11 +212,67 @@ class _Recorder(fx.Interpreter):
         return output
 
 
+class _MetaRecorder(_Recorder):
+    """On tensors of the device "meta" throughout: it is quick, and loads no further parts of PyTorch."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        self.run(*tree_map(_without_memory, list(inputs)))
+
+    def fetch_attr(self, target: str) -> Any:
+        return _without_memory(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.cat:
+            return _joined(*args, **kwargs)
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        op = ops.BY_FUNCTION.get(target)
+        if op is not None and op.kind in ELEMENTWISE and all(one.dtype == torch.float32 for one in tensors):
+            shape = broadcast(*(one.shape for one in tensors))
+            return memory.meta_tensor(shape, torch.float32, channels_last_strides(shape) if len(shape) == 4 else None)
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: nn.Module = super().fetch_attr(target)
+        if isinstance(module, Kernel):
+            return module.outline(*args, **kwargs)
+        state = {name: _without_memory(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
+        return functional_call(module, state, args, kwargs)
+
+
+class _FakeRecorder(_Recorder):
+    """On tensors that pretend to be on the CPU, for code that makes tensors there itself."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        from torch._subclasses import fake_tensor  # loads much else
+
+        self.unset = fake_tensor.unset_fake_temporarily
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = [mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in tree_leaves(inputs)]
+            self.run(*tree_unflatten(faked, tree_structure(list(inputs))))
+
+    def run_node(self, n: fx.Node) -> Any:
+        output = fx.Interpreter.run_node(self, n)
+        with self.unset():
+            self.values[n] = tree_map(_without_memory, output)
+        return output
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """As `torch.cat`, which loads PyTorch's compiler on the device "meta"."""
+    pieces = [one for one in tensors if one.shape != (0,)] or list(tensors)
+    shape = list(pieces[0].shape)
+    others = [[size for i, size in enumerate(one.shape) if i != dim % len(shape)] for one in pieces]
+    if any(other != others[0] for other in others):
+        raise Unplannable
+    shape[dim] = sum(one.shape[dim] for one in pieces)
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in tensors))
+    return memory.meta_tensor(shape, dtype, channels_last_strides(shape) if len(shape) == 4 else None)
+
+
 def _without_memory(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    with unset_fake_temporarily():
-        return memory.meta_tensor(value.shape, value.dtype, value.stride())
+    return memory.meta_tensor(value.shape, value.dtype, value.stride())
 
 
 class BoundPlan:

@@ -29,7 +29,7 @@ from fxcompress.emit.cpu_int8 import (
     Quantize,
     activation_of,
 )
-from fxcompress.emit.cpu_numbers import channels_last_strides, inverse
+from fxcompress.emit.cpu_numbers import broadcast, channels_last_strides, inverse
 from fxcompress.emit.native import packing, steps
 from fxcompress.emit.native.memory import Buffer, View, extent, meta_tensor
 from fxcompress.emit.native.slots import find_slots, joined
@@ -44,6 +44,12 @@ _VIEWS = frozenset(
 )  # fmt: skip
 
 _ARITHMETIC = {"add": steps.ADD, "sub": steps.SUBTRACT, "mul": steps.MULTIPLY, "div": steps.DIVIDE}
+
+#: Kinds that make one number of the numbers at each place.
+ELEMENTWISE = frozenset({
+    *_ARITHMETIC, "relu", "relu6", "hardtanh", "clamp", "gelu", "leaky_relu", "hardswish", "silu", "tanh", "sigmoid",
+    "hardsigmoid",
+})  # fmt: skip
 
 #: Tensors of which only the shape is not known.
 _FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
@@ -721,7 +727,7 @@ class _Planner:
         left, right = given["input"], given["other"]
         if not isinstance(left, View) or not isinstance(right, View) or min(left.meta.ndim, right.meta.ndim) < 2:
             raise Unplanned
-        outer = torch.broadcast_shapes(left.meta.shape[:-2], right.meta.shape[:-2])
+        outer = broadcast(left.meta.shape[:-2], right.meta.shape[:-2])
         result = self._new((*outer, left.meta.shape[-2], right.meta.shape[-1]), torch.float32)
         self._multiply(left, right, result, 1.0)
         return result
@@ -815,7 +821,7 @@ class _Planner:
         return self._stored(program, module.output, (left, right), relu=module.relu)
 
     def _stored(self, program: list[tuple[Any, ...]], grid: Grid, views: Sequence[View], relu: bool) -> View:
-        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        shape = broadcast(*(view.meta.shape for view in views))
         largest = max(views, key=lambda view: view.meta.numel())
         result = self._made(shape, torch.uint8, images=_side_by_side(largest.meta))
         low = max(grid.quant_min, grid.zero_point) if relu else grid.quant_min
@@ -877,7 +883,7 @@ class _Planner:
             program.append((_ARITHMETIC[kind], 0, 1))
         else:
             program.append((steps.ACTIVATE, 0, *_elementwise(kind, given)))
-        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        shape = broadcast(*(view.meta.shape for view in views))
         largest = max(views, key=lambda view: view.meta.numel())
         result = self._new(shape, torch.float32, images=_side_by_side(largest.meta))
         self._pointwise(result, None, program)
