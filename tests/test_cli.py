@@ -170,6 +170,38 @@ def test_an_artefact_can_be_inspected_and_timed(run: Run, folder: Path) -> None:
     assert all(timing["error"] is None and timing["median"] > 0 for timing in timings)
 
 
+def test_engines_and_layers_are_compared(run: Run, folder: Path) -> None:
+    code, output, _ = run(
+        "bench",
+        "zoo.py:with_inputs",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+        "--peers",
+        "torch-ao",
+        "--layers",
+        "--plot",
+        "b.png",
+        "--json",
+        "b.json",
+    )
+    assert code == 0
+    assert "torch.ao int8" in output
+    assert re.search(r"batch 2: fxcompress \(int8\) takes \d+\.\d\d of the time of the best other", output)
+    assert "of the peak" in output
+    written = json.loads((folder / "b.json").read_text())["results"][0]
+    assert [timing["engine"] for timing in written["timings"]] == ["float", "torch.ao int8", "fxcompress (int8)"]
+    assert all(timing["sqnr_db"] > 20 for timing in written["timings"][1:])
+    assert written["against_best_peer"]["2"] > 0
+    assert {"conv", "fc"} <= {layer["layer"] for layer in written["layers"][0]["layers"]}
+    assert (folder / "b.png").stat().st_size > 1000
+
+
 def test_passes_lists_every_pass_with_its_options(run: Run) -> None:
     code, output, _ = run("passes")
     assert code == 0
@@ -217,6 +249,7 @@ MISTAKES = {
     "untraceable": (("inspect", "zoo.py:branching"), r"cannot be traced: control flow at .*zoo\.py:\d+"),
     "no artefact": (("bench", "no.fxc"), "cannot load 'no.fxc'"),
     "bad batch": (("bench", "resnet18", "--batch", "1,x"), "such as 1,16"),
+    "unknown engine": (("bench", "resnet18", "--peers", "onnx"), "no engine 'onnx' to compare with; did you mean"),
     "bad report": (("compress", "zoo.py:with_inputs", "--out", "m", "--report", "r.pdf"), r"\.txt, \.json or \.html"),
     "bad weights": (("inspect", "resnet18", "--weights", "zoo.py"), "holds no weights for this model"),
     "unwritable": (

@@ -118,7 +118,7 @@ class Quantize(Kernel):
     def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
         """As in `Kernel`."""
         (input,) = inputs
-        if not input.dtype.is_floating_point:
+        if isinstance(input, torch.Tensor) and not input.dtype.is_floating_point:  # fx traces with proxies
             raise InputError(f"numbers to be quantised must be floating point, not {input.dtype}")
         images = input.ndim in MEMORY_FORMATS
         return images_outline(input.shape, torch.uint8) if images else outline_like(input, torch.uint8)

@@ -33,17 +33,20 @@ def explain(
     if not has_kernels(graph_module):
         return None
     placeholders = {str(node.target): node for node in graph_module.graph.find_nodes(op="placeholder")}
-    problems = list(_misnamed(placeholders, arguments, keywords))
+    problems, advice = list(_misnamed(placeholders, arguments, keywords)), ""
     if not problems:
         given = {**dict(zip(placeholders, arguments, strict=False)), **keywords}
         problems = list(_misfits({name: info(placeholders[name]).value for name in given}, given))
+        advice = (
+            ". Only the batch size may be another one, and other sizes where all layers allow it; for other inputs "
+            "compile the model with such example_inputs"
+        )
     if not problems:
         return None
-    name = type(graph_module).__name__
+    cause = next(iter(str(error).strip().splitlines()), "no message")
     return InputError(
-        f"{name} does not take these inputs: {'; '.join(problems)}. Only the batch size may be another one, and other "
-        f"sizes where all layers allow it; for other inputs compile the model with such example_inputs "
-        f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'})"
+        f"{type(graph_module).__name__} does not take these inputs: {'; '.join(problems)}{advice} "
+        f"({type(error).__name__}: {cause})"
     )
 
 
