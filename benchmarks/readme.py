@@ -90,6 +90,14 @@ def peers(document: Document) -> str:
     return "\n".join(lines)
 
 
+def memory(document: Document) -> str:
+    """Megabytes of each engine, by model."""
+    body = [
+        [row["model"], row["engine"], f"{row['loading']:.1f}", f"{row['running']:.1f}"] for row in document["results"]
+    ]
+    return table(["MB", "", "from loading on", "while running"], body)
+
+
 def coverage(document: Document) -> str:
     """What became of all models of a family, and which ones keep more than 0.40 of their parameters."""
     body = []
@@ -115,7 +123,8 @@ def coverage(document: Document) -> str:
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
-    "demo": demo, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers, "compile_time": compile_time,
+    "demo": demo, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers, "memory": memory,
+    "compile_time": compile_time,
 }  # fmt: skip
 
 

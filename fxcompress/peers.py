@@ -111,23 +111,37 @@ def torchao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 def onnx_runtime(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     """ONNX Runtime, static quantisation with quantise-dequantise pairs, weights per channel."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_onnx(quantized_onnx(model, inputs, Path(folder)), inputs.args)
+
+
+def quantized_onnx(model: nn.Module, inputs: ExampleInputs, folder: Path) -> Path:
+    """Write what ONNX Runtime makes of a model, and return the file."""
     import onnxruntime
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    floats, prepared, quantized = (folder / name for name in ("float.onnx", "prepared.onnx", "quantized.onnx"))
+    torch.onnx.export(model.eval(), inputs.args, str(floats), dynamo=True, verbose=False)
+    quant_pre_process(str(floats), str(prepared))
+    names = [one.name for one in onnxruntime.InferenceSession(str(prepared)).get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs.args, strict=True)}
+    quantize_static(
+        str(prepared), str(quantized), _Calibration(feed), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    return quantized
+
+
+def run_onnx(path: Path, arguments: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Return what runs such a file."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        floats, prepared, quantized = (str(Path(folder) / name) for name in ("a.onnx", "b.onnx", "c.onnx"))
-        torch.onnx.export(model.eval(), inputs.args, floats, dynamo=True, verbose=False)
-        quant_pre_process(floats, prepared)
-        names = [one.name for one in onnxruntime.InferenceSession(prepared).get_inputs()]
-        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs.args, strict=True)}
-        quantize_static(
-            prepared, quantized, _Calibration(feed), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
-        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, arguments, strict=True)}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
@@ -143,6 +157,11 @@ class _Calibration:
 
 def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     """OpenVINO with NNCF's post-training quantisation, told to be quick for single requests."""
+    return run_openvino(quantized_openvino(model, inputs), inputs.args)
+
+
+def quantized_openvino(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return what NNCF makes of a model: an OpenVINO model."""
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import nncf
     import openvino as ov
@@ -155,9 +174,16 @@ def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     arguments = [tensor.numpy() for tensor in inputs.args]
     attention = any("attention" in type(module).__name__.lower() for module in model.modules())
     kind = nncf.ModelType.TRANSFORMER if attention else None
-    quantized = nncf.quantize(converted, nncf.Dataset([arguments]), subset_size=1, model_type=kind)
+    return nncf.quantize(converted, nncf.Dataset([arguments]), subset_size=1, model_type=kind)
+
+
+def run_openvino(model: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Return what runs an OpenVINO model, or the file of one."""
+    import openvino as ov
+
+    arguments = [tensor.numpy() for tensor in inputs]
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = ov.Core().compile_model(quantized, "CPU", hints).create_infer_request()
+    request = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
     return lambda: torch.from_numpy(request.infer(arguments, share_inputs=True, share_outputs=True)[0])
 
 

@@ -39,12 +39,12 @@ _RECIPES = (
     Recipe(
         "unstructured-l1",
         "The 40 % of all weights with the smallest magnitudes become zero and stay zero during fine-tuning.",
-        "mask-weights{amount=0.4}, train{epochs=2, learning_rate=0.0005, schedule=cosine}, fuse",
+        "mask-weights{amount=0.4}, train{epochs=2, learning_rate=0.0001, schedule=cosine}, fuse",
     ),
     Recipe(
         "unstructured-60",
         "The same for 60 % of the weights.",
-        "mask-weights{amount=0.6}, train{epochs=3, learning_rate=0.0005, schedule=cosine}, fuse",
+        "mask-weights{amount=0.6}, train{epochs=3, learning_rate=0.0002, schedule=cosine}, fuse",
     ),
     Recipe(
         "structured-l2",
@@ -104,7 +104,7 @@ _RECIPES = (
     Recipe(
         "qat",
         "8-bit integers, with training that sees the rounding and learns the steps.",
-        "qat{train=train{epochs=2, learning_rate=0.0003, schedule=cosine}}",
+        "qat{train=train{epochs=1, learning_rate=0.00003, schedule=cosine}}",
     ),
     Recipe(
         "qat-w4a8",

@@ -846,6 +846,12 @@ def test_inputs_that_do_not_fit_are_the_graphs_to_refuse(caplog: pytest.LogCaptu
     compact = fxc.compile(model, [fxc.passes.Fuse(), fxc.passes.Quantize(ignore=("2",))], x, calibration=[x])
     with pytest.raises((RuntimeError, InputError)):
         compact(torch.randn(2, 3, 9, 9))
+    with pytest.raises((TypeError, InputError)):
+        compact(x, y=1)
+    with pytest.raises((TypeError, InputError)):
+        compact(x, input=x)
+    with pytest.raises((TypeError, InputError)):
+        compact()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert compact(x).shape == (2, 5)
 
@@ -1028,3 +1034,50 @@ def test_concatenations_that_share_their_pieces() -> None:
     compact = fxc.compile(Twice(), "fuse, quantize", x, calibration=[x])
     assert_alike(compact, x)
     assert python_calls(compact) == []
+
+
+class Narrowing(nn.Module):
+    """Large images with few weights, then small ones with many; results of both, and a value that both read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 128, 3, stride=4)
+        self.third, self.fourth = nn.Conv2d(128, 512, 3, padding=1), nn.Conv2d(512, 128, 3, padding=1)
+        self.head = nn.Linear(128, 7)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = F.relu(self.first(x))
+        z = self.second(y)
+        w = F.relu(self.fourth(F.relu(self.third(z))) + z)
+        return self.head(w.mean((2, 3))), y
+
+
+@pytest.mark.parametrize("batch", [2, 3, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_late_layers_run_on_all_images_at_once(batch: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 29, 27)
+    compact = fxc.compile(Narrowing(), "fuse, quantize", x, calibration=[x])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [compact(x) for _ in range(3)][-1]
+        (bound,) = compact._native.made.plans.values()  # type: ignore[union-attr]
+        assert bound is not None
+        assert bound.single is not None
+        assert bound.single.rest is not None
+        assert 0 < len(bound.single.steps) < len(bound.plan.items)
+        monkeypatch.setattr(executor, "whole_from", lambda whole, single, images: len(whole.items))
+        compact.repack()
+        expected = compact(x)
+    finally:
+        torch.set_num_threads(before)
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)
+    assert_alike_all(compact, x)
+
+
+def assert_alike_all(compact: CompactModule, x: torch.Tensor) -> None:
+    for left, right in zip(compact(x), by_graph(compact, x), strict=True):
+        noise = (left - right).square().mean()
+        assert noise == 0 or 10 * torch.log10(right.square().mean() / noise) >= 35

@@ -42,7 +42,7 @@ class Cache:
         That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, a hook, or
         autograd.
         """
-        if self.useless or graph_module.executor != "auto":
+        if self.useless or graph_module.executor != "auto" or torch.compiler.is_compiling():
             return None
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor):
@@ -54,7 +54,7 @@ class Cache:
                 return None
         if self.made is None:
             self._make(graph_module)
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None:
             return None
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
             return None
@@ -157,7 +157,12 @@ class Executor:
 def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
     """The arguments in the order of the placeholders, with defaults where none are given."""
     found = list(arguments)
-    for node in list(graph_module.graph.find_nodes(op="placeholder"))[len(found) :]:
+    missing = list(graph_module.graph.find_nodes(op="placeholder"))[len(found) :]
+    if keywords.keys() - {str(node.target) for node in missing}:
+        raise Unplannable  # the graph says what is wrong
+    for node in missing:
+        if str(node.target) not in keywords and not node.args:
+            raise Unplannable
         found.append(keywords.get(str(node.target), node.args[0] if node.args else None))
     return found
 
@@ -276,14 +281,14 @@ def _without_memory(value: Any) -> Any:
 
 
 class BoundPlan:
-    """A plan with its memory laid out."""
+    """A plan with its memory laid out, or the part of it from item `start` on."""
 
-    def __init__(self, plan: Plan, library: Library, single: Plan | None = None) -> None:
+    def __init__(self, plan: Plan, library: Library, single: Plan | None = None, start: int = 0) -> None:
         self.plan, self.library = plan, library
         self.single = None if single is None else _ImageByImage(self, BoundPlan(single, library), images_of(plan))
-        arena = [buffer for buffer in plan.buffers if buffer.place == "arena" and buffer.first >= 0]
+        arena = [one for one in plan.buffers if one.place == "arena" and one.first >= 0 and one.last >= start]
         self.offsets, self.size = memory.arrange(arena)
-        self.runs = _runs(plan.items)
+        self.runs = _runs(plan.items[start:])
         self.outputs = [buffer for buffer in plan.buffers if buffer.place == "output"]
         self.inputs = [view.buffer.index for view in plan.inputs]
         self.free: list[_Memory] = []  # of calls that are over
@@ -387,20 +392,26 @@ _NEAR = 64 << 10
 
 
 class _ImageByImage:
-    """Runs the plan for one image on each of a batch, every thread on images of its own.
+    """Runs the plan for one image on each of a batch, every thread on images of its own; late items on all at once.
 
-    What one image needs stays in a thread's cache, and threads do not wait for each other at every step.
+    What one image needs stays in a thread's cache, and threads do not wait for each other at every step. Where layers
+    have more weights than images have numbers, these are read once for all images instead.
     """
 
     def __init__(self, whole: BoundPlan, single: BoundPlan, images: int) -> None:
         self.whole, self.single, self.images = whole, single, images
-        (self.steps,) = single.runs
+        cut = whole_from(whole.plan, single.plan, images)
+        (self.steps,) = _runs(single.plan.items[:cut]) or [(ctypes.c_void_p * 0)()]
+        self.rest = BoundPlan(whole.plan, whole.library, start=cut) if cut < len(whole.plan.items) else None
         views = zip(single.plan.inputs, whole.plan.inputs, strict=True)
         self.moving = [(one.buffer.index, all_.buffer.index, all_.strides()[0]) for one, all_ in views]
         outputs = zip(tree_leaves(single.plan.output), tree_leaves(whole.plan.output), strict=True)
         for one, all_ in outputs:
             if isinstance(one, View):
                 self.moving.append((one.buffer.index, all_.buffer.index, all_.buffer.bytes // images))
+        for buffer in whole.plan.buffers:
+            if buffer.place == "arena" and 0 <= buffer.first < cut <= buffer.last:
+                self.moving.append((buffer.index, buffer.index, buffer.bytes // images))
         numbers = ctypes.c_int64 * len(self.moving)
         self.indices = numbers(*(one for one, _, _ in self.moving))
         self.strides = numbers(*(stride for _, _, stride in self.moving))
@@ -416,14 +427,67 @@ class _ImageByImage:
         for buffer in whole.outputs:
             held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
         tables = (ctypes.c_void_p * threads)(*(ctypes.addressof(room.pointers) for room in rooms))
-        bases = (ctypes.c_void_p * len(self.moving))(*(held[index].data_ptr() for _, index, _ in self.moving))
+        places = {index: tensor.data_ptr() for index, tensor in held.items()}
+        shared = None if self.rest is None else _taken(self.rest)
+        if shared is not None:
+            for index, address in places.items():
+                shared.pointers[index] = address
+        bases = (ctypes.c_void_p * len(self.moving))(
+            *(places[index] if shared is None else shared.pointers[index] for _, index, _ in self.moving)
+        )
         whole.library.run_each(
             self.steps, len(self.steps), tables, self.images, len(self.moving), self.indices, bases, self.strides,
             threads,
         )  # fmt: skip
         single.free.extend(rooms)
+        if self.rest is not None and shared is not None:
+            for part in self.rest.runs:
+                whole.library.run(part, len(part), shared.pointers, threads)
+            self.rest.free.append(shared)
         pick = lambda leaf: _output(leaf, held) if isinstance(leaf, View) else leaf  # noqa: E731
         return tree_map(pick, whole.plan.output)
+
+
+def whole_from(whole: Plan, single: Plan, images: int) -> int:
+    """Return the first item that is better run on all images at once than on one after the other.
+
+    Before it, the weights of a layer come from afar for every image; from it on, the values of all images do. The place
+    is that where the fewest bytes do.
+    """
+    everything = len(whole.items)
+    alike = [type(item) for item in whole.items] == [type(item) for item in single.items] and all(
+        (one.place, images * one.bytes) == (all_.place, all_.bytes) or all_.place == "constant"
+        for one, all_ in zip(single.buffers, whole.buffers, strict=False)
+    )
+    if not alike or len(whole.buffers) != len(single.buffers):
+        return everything
+    weights = [_weights(item) for item in whole.items]
+    if sum(weights) < _AT_HAND:
+        return everything
+    values = [sum(whole.buffers[place.buffer].bytes for place in _places(item)) for item in whole.items]
+    cost = sum(values)
+    best, found = cost, 0
+    for index in range(everything):
+        cost += images * weights[index] - values[index]
+        if cost <= best:
+            best, found = cost, index + 1
+    return found
+
+
+#: Bytes of weights that stay in a core's cache from one image to the next.
+_AT_HAND = 512 << 10
+
+
+def _weights(item: steps.Step | PythonCall) -> int:
+    """Bytes of a layer's weights."""
+    if isinstance(item, steps.Convolution):
+        return int(item.channels * item.rows_of_window * item.columns_of_window * item.run)
+    return 0
+
+
+def _places(item: steps.Step | PythonCall) -> list[steps.Place]:
+    """Where an item reads, and where it writes."""
+    return [getattr(item, name) for name in ("source", "result") if hasattr(item, name)]
 
 
 def _taken(bound: BoundPlan) -> _Memory:
