@@ -204,7 +204,7 @@ class CudaLayer(Kernel):
         rows = self._as_images(input)
         out = window.out_size(rows.shape[2], rows.shape[3])
         pixels = rows.shape[0] * out[0] * out[1]
-        tiles = launch.candidates(window, pixels, packed.integers, device.processors(input))
+        tiles = launch.candidates(window, pixels, packed.integers, packed.source_zero, device.processors(input))
         own: dict[str, Run] = {str(blocks): Tiled(self, packed, blocks) for blocks in tiles}
         return own if self.numbers in ("int8", "fp8") else {**self._library_ways(), **own}
 
@@ -231,11 +231,13 @@ class CudaLayer(Kernel):
         return Ending(self.activation, addend, self.output)
 
     def finished(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """Return a library's result (with its bias) with residual and activation; one more kernel if there are any."""
-        if residual is None and self.activation is None:
+        """Return a library's result (with its bias) as the layer's: one more kernel where there is more to do."""
+        if residual is None and self.activation is None and self.output is None:
             return result
+        grid = self.residual if isinstance(self.residual, Grid) else None
+        ending = Ending(self.activation, None, self.output)
         return pointwise_launch.combine(
-            result, residual, ending=Ending(self.activation), dtype=REALS[self.real]
+            result, residual, grids=(None, grid), ending=ending, dtype=REALS[self.real]
         ).launch()  # fmt: skip
 
     # What differs between convolution and linear
@@ -392,11 +394,14 @@ class CudaConv(CudaLayer):
 
     def _library_ways(self) -> dict[str, Run]:
         found: dict[str, Run] = {"cuDNN": self._cudnn}
-        if self.weight.device.type == "cuda" and self.activation == ("clamp", 0.0, None) and len(self.stride) == 2:
+        if self.weight.device.type == "cuda" and self._only_relu() and len(self.stride) == 2:
             found["cuDNN, fused"] = self._cudnn_fused
         if self.weight.device.type != "cuda":
             return {}
         return found
+
+    def _only_relu(self) -> bool:
+        return self.activation == ("clamp", 0.0, None) and self.output is None and self.residual in (None, "float")
 
     def _cudnn_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         held = self._library_tensors
@@ -478,7 +483,8 @@ class CudaLinear(CudaLayer):
         if self.weight.device.type != "cuda":
             return {}
         found: dict[str, Run] = {"cuBLAS": functools.partial(self._matrix, "dense")}
-        if self.bias is not None and self.residual is None and self.activation in _CUBLAS_ACTIVATIONS:
+        plain = self.bias is not None and self.residual is None and self.output is None
+        if plain and self.activation in _CUBLAS_ACTIVATIONS:
             found["cuBLAS, fused"] = self._fused
         if self._library_sparse() is not None:
             found["2:4 sparse"] = functools.partial(self._matrix, "sparse")
@@ -521,6 +527,10 @@ class CudaLinear(CudaLayer):
 
 #: Activations that cuBLAS computes with a matrix product.
 _CUBLAS_ACTIVATIONS = (("clamp", 0.0, None), ("gelu", "tanh"))
+
+
+#: The module classes of this file, by the name that the artefact writes.
+MODULES: dict[str, type[Kernel]] = {kernel.__name__: kernel for kernel in (CudaConv, CudaLinear)}
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:

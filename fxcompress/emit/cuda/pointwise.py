@@ -49,19 +49,35 @@ class CudaEnter(Kernel):
     Args:
         grid: of the result; None: it is real.
         real: dtype of a real result: "fp16" or "bf16".
+        channels: how many channels images shall have; further ones are the number zero. None: those that there are.
     """
 
-    def __init__(self, grid: Sequence[Any] | None = None, real: str = "fp16") -> None:
+    def __init__(
+        self, grid: Sequence[Any] | None = None, real: str = "fp16", channels: int | None = None
+    ) -> None:
         super().__init__()
         self.grid, self.real = _grid(grid), _check_real(type(self).__name__, real)
+        self.channels = None if channels is None else int(channels)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
-        return {"grid": _config(self.grid), "real": self.real}
+        return {"grid": _config(self.grid), "real": self.real, "channels": self.channels}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the numbers nearest to `input`, a real tensor of any shape."""
         input = input.detach()
+        if self.channels is not None and input.ndim == 4 and input.shape[1] < self.channels:
+            return self._wider(input)
+        return self._converted(input)
+
+    def _wider(self, input: torch.Tensor) -> torch.Tensor:
+        wanted = self.channels or input.shape[1]
+        if not device.runs_kernels(input) or not input.numel() or input.dtype == torch.float64:
+            return self._converted(F.pad(input, (0, 0, 0, 0, 0, wanted - input.shape[1])))
+        ending = Ending(result=self.grid)
+        return pointwise_launch.combine(input, ending=ending, dtype=REALS[self.real], channels=wanted).launch()
+
+    def _converted(self, input: torch.Tensor) -> torch.Tensor:
         memory_format = MEMORY_FORMATS.get(input.ndim, torch.contiguous_format)
         if self.grid is None and input.dtype == REALS[self.real] and input.is_contiguous(memory_format=memory_format):
             return input
@@ -236,7 +252,7 @@ class CudaAvgPool(Kernel):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the averages."""
-        keeps = self._whole_images(input)
+        keeps = self._whole_images(input.ndim)
         if keeps is not None and device.runs_kernels(input) and input.numel():
             call = pointwise_launch.mean(input, self.input, self.output, self._counters, REALS[self.real])
             keep(call.arguments["arrived"])
@@ -248,9 +264,13 @@ class CudaAvgPool(Kernel):
         average = _AVERAGES[self.operation][self.dimensions]
         return _stored(average(values, **self.arguments), self.output, self.real)
 
-    def _whole_images(self, input: torch.Tensor) -> bool | None:
+    def takes(self, dimensions: int) -> bool:
+        """Whether our own kernel computes the averages of values with so many dimensions."""
+        return self._whole_images(dimensions) is not None
+
+    def _whole_images(self, dimensions: int) -> bool | None:
         """Whether averages over whole images keep the dimensions; None: that is not what is computed."""
-        if input.ndim != 4:
+        if dimensions != 4:
             return None
         if self.operation == "mean":
             dims = self.arguments.get("dim")
@@ -327,3 +347,10 @@ class CudaLayerNorm(Kernel):
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+
+#: The module classes of this file, by the name that the artefact writes.
+MODULES: dict[str, type[Kernel]] = {
+    kernel.__name__: kernel
+    for kernel in (CudaEnter, CudaLeave, CudaAdd, CudaMul, CudaMaxPool, CudaAvgPool, CudaLayerNorm)
+}

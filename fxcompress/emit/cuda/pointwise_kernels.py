@@ -27,16 +27,17 @@ def _write(value, result, place, wanted, KIND: tl.constexpr, inverse, zero, low,
 
 @triton.jit
 def combine(
-    left, right, result, pixels, channel_units,
+    left, right, result, pixels, channel_units, held,
     left_image, left_pixel, left_channel, right_image, right_pixel, right_channel,
     left_scale, left_zero, right_scale, right_zero, inverse, zero, low, high, first, second,
     UNIT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OPERATION: tl.constexpr,
     RIGHT_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, RESULT: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    FILLED: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One value, the sum or the product of two, of shape (images, pixels, channels) in memory order of the result.
 
     left, right: of any strides, 0 where a value is the same along a dimension. RIGHT FREE: there is one value only.
+    FILLED: channels from `held` on are the number zero.
     """
     channels = channel_units * UNIT
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -45,7 +46,10 @@ def combine(
     wanted = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     far = pixel.to(tl.int64)[:, None]
     place = image * left_image + far * left_pixel + channel[None, :] * left_channel
-    value = _read(left, place, wanted, LEFT, left_scale, left_zero)
+    seen = wanted
+    if FILLED:
+        seen = wanted & (channel < held)[None, :]
+    value = _read(left, place, seen, LEFT, left_scale, left_zero)
     if RIGHT != FREE:
         place = image * right_image + far * right_pixel + channel[None, :] * right_channel
         other = _read(right, place, wanted, RIGHT, right_scale, right_zero)

@@ -44,6 +44,7 @@ def combine(
     ending: Ending | None = None,
     dtype: torch.dtype = torch.float16,
     right_activation: str = "none",
+    channels: int | None = None,
 ) -> Call:
     """Return the launch of a sum or product of two values, or of one value by itself.
 
@@ -54,17 +55,25 @@ def combine(
         ending: activation, and the grid of the result.
         dtype: of a real result.
         right_activation: computed on the right value first.
+        channels: of the result, for images: more than `left` has; the further ones are the number zero.
     """
     ending = ending or Ending()
     shape = left.shape if right is None else torch.broadcast_shapes(left.shape, right.shape)
     left = left.expand(shape)
     right = None if right is None else right.expand(shape)
-    planes = _planes(left, right)
+    planes = _planes(left, right, channels is not None)
+    if planes is None and channels is not None:
+        left = dense(left)
+        planes = _planes(left, right, True)
     if planes is None:
         left = dense(left) if len(shape) > 1 else left.contiguous()
         right = None if right is None else (dense(right) if len(shape) > 1 else right.contiguous())
         planes = _flat(left, right)
     kind = torch.int8 if ending.result is not None else dtype
+    held = planes.channels
+    if channels is not None:
+        shape = torch.Size((shape[0], channels, *shape[2:]))
+        planes.channels = channels
     made = left.stride() if planes.like_left else channels_last_strides(shape)
     result = torch.empty_strided(shape, made, dtype=kind, device=left.device)
     number, first, second = activation_arguments(ending.activation)
@@ -73,7 +82,7 @@ def combine(
     block_pixels = max(1, min(_AREA // block_channels, next_power(planes.pixels)))
     arguments: dict[str, Any] = {
         "left": left, "right": right, "result": result, "pixels": planes.pixels,
-        "channel_units": planes.channels // unit, "UNIT": unit,
+        "channel_units": planes.channels // unit, "UNIT": unit, "held": held, "FILLED": channels is not None,
         **_strides("left", planes.left), **_strides("right", planes.right),
         **_numbers("left", left, grids[0]), **_numbers("right", right, grids[1]),
         **stored(ending.result), "first": first, "second": second, "ACTIVATION": number, "OPERATION": operation,
@@ -94,9 +103,9 @@ class _Planes:
         self.left, self.right, self.like_left = left, right, like_left
 
 
-def _planes(left: torch.Tensor, right: torch.Tensor | None) -> _Planes | None:
+def _planes(left: torch.Tensor, right: torch.Tensor | None, images: bool = False) -> _Planes | None:
     """Return the dimensions over which a kernel goes; None if values have to be copied first."""
-    if left.is_non_overlapping_and_dense() and (right is None or right.stride() == left.stride()) and (
+    if not images and left.is_non_overlapping_and_dense() and (right is None or right.stride() == left.stride()) and (
         left.ndim != 4 or left.shape[1] == 1 or left.stride(1) == 1
     ):  # fmt: skip
         return _flat(left, right)
@@ -108,8 +117,8 @@ def _planes(left: torch.Tensor, right: torch.Tensor | None) -> _Planes | None:
         if value.shape[2] > 1 and row != column * value.shape[3]:
             return None
         found.append((image, column if value.shape[3] > 1 else row, channel))
-    images, channels, height, width = left.shape
-    return _Planes(images, height * width, channels, found[0], found[1], False)
+    count, channels, height, width = left.shape
+    return _Planes(count, height * width, channels, found[0], found[1], False)
 
 
 def _flat(left: torch.Tensor, right: torch.Tensor | None) -> _Planes:
