@@ -85,7 +85,7 @@ def _finish(
     tl.store(result + place, value.to(result.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "source_zero"])
 def convolution(
     source, weight, result, addend, factor, row_factor, bias, offset, table, row_places, column_places, parts, arrived,
     pixels, outputs, channel_units, height, width, out_height, out_width,
@@ -242,7 +242,7 @@ def convolution(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "source_zero"])
 def depthwise(
     source, weight, result, addend, factor, bias, offset,
     pixels, outputs, channel_units, height, width, out_height, out_width,

@@ -258,12 +258,21 @@ class Call:
 
     def launch(self) -> torch.Tensor:
         """Run the kernel, and return its result."""
-        kernel(self.kernel)[self.grid](**self.arguments, **self.options)
+        with _on_device_of(self.result):
+            kernel(self.kernel)[self.grid](**self.arguments, **self.options)
         return self.result
 
     def warm_up(self) -> None:
         """Compile the kernel, without running it."""
-        kernel(self.kernel).warmup(grid=self.grid, **self.arguments, **self.options)
+        with _on_device_of(self.result):
+            kernel(self.kernel).warmup(grid=self.grid, **self.arguments, **self.options)
+
+
+def _on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of a tensor."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -272,6 +281,16 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     if all(size == 1 or here == there for size, here, there in zip(x.shape, x.stride(), strides, strict=True)):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def has_no_gaps(x: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor lie side by side in some order of its dimensions, each in a place of its own."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 @functools.cache

@@ -32,6 +32,9 @@ REALS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 #: What the products of a layer may be computed in.
 NUMBERS = ("int8", "fp8", *REALS)
 
+#: Shapes of inputs for which a layer remembers how it computes.
+_MOST_SHAPES = 64
+
 #: The largest number of 8-bit floating point with four bits of exponent.
 FP8_LIMIT = 448.0
 
@@ -158,29 +161,21 @@ class CudaLayer(Kernel):
     def _choose(self, input: torch.Tensor, residual: torch.Tensor | None) -> Run:
         """Find the fastest way for inputs of a shape, and keep it."""
         ways = self._ways(input)
-        held = torch.zeros_like(input) if input.dtype == torch.int8 else input
-        listed = [
-            tuning.Way(
-                name, functools.partial(run, input, residual), self._preparation(ways, name, held, residual)
-            )
-            for name, run in ways.items()
-        ]  # fmt: skip
+
+        def listed() -> list[tuning.Way]:
+            return [
+                tuning.Way(name, functools.partial(run, input, residual), _preparation(run, input, residual))
+                for name, run in ways.items()
+            ]
+
         measure = tuning.measures(input)
-        choice = tuning.choices(input).find(self.key(input), lambda: listed, measure)
+        choice = tuning.choices(input).find(self.key(input), listed, measure)
         run = ways.get(choice.name) or next(iter(ways.values()))
-        if measure or not torch.cuda.is_available():
-            if len(self._chosen) >= 64:
+        if measure or input.device.type != "cuda":
+            if len(self._chosen) >= _MOST_SHAPES:
                 self._chosen.pop(next(iter(self._chosen)))
             self._chosen[input.shape] = run
         return run
-
-    def _preparation(
-        self, ways: dict[str, Run], name: str, input: torch.Tensor, residual: torch.Tensor | None
-    ) -> Callable[[], Any] | None:
-        run = ways[name]
-        if not isinstance(run, Tiled):
-            return None
-        return lambda: run.call(input, residual).warm_up()
 
     def choice(self, input: torch.Tensor) -> tuning.Choice:
         """Return which way was taken for inputs of a shape that the layer has run on."""
@@ -291,6 +286,11 @@ class CudaLayer(Kernel):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_chosen": {}, "_library_tensors": {}}
+
+
+def _preparation(run: Run, input: torch.Tensor, residual: torch.Tensor | None) -> Callable[[], Any] | None:
+    """What can be done before a way is timed: compiling the kernel."""
+    return (lambda: run.call(input, residual).warm_up()) if isinstance(run, Tiled) else None
 
 
 class Tiled:
@@ -421,7 +421,8 @@ class CudaConv(CudaLayer):
         x = self._as_images(input)
         x = launch.dense(x)
         only_bias = bias if self.bias is not None else None
-        result = F.conv2d(x, weight, only_bias, *self._cudnn_geometry())
+        with _BENCHMARKED():
+            result = F.conv2d(x, weight, only_bias, *self._cudnn_geometry())
         addend = None if residual is None else self._as_images(residual)
         return self.finished(result, addend).reshape(self._result_shape(input.shape))
 
@@ -429,10 +430,15 @@ class CudaConv(CudaLayer):
         weight, bias = self._cudnn_tensors()
         stride, padding, dilation, groups = self._cudnn_geometry()
         x = launch.dense(input)
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        addend = launch.dense(residual)
-        return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, stride, padding, dilation, groups)
+        with _BENCHMARKED():
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+            addend = launch.dense(residual)
+            return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, stride, padding, dilation, groups)
+
+
+#: cuDNN's own choice among its kernels is measured as well.
+_BENCHMARKED = functools.partial(torch.backends.cudnn.flags, enabled=True, benchmark=True)
 
 
 class CudaLinear(CudaLayer):

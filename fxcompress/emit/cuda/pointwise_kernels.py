@@ -25,7 +25,7 @@ def _write(value, result, place, wanted, KIND: tl.constexpr, inverse, zero, low,
     tl.store(result + place, value.to(result.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def combine(
     left, right, result, pixels, channel_units, held,
     left_image, left_pixel, left_channel, right_image, right_pixel, right_channel,
@@ -60,7 +60,7 @@ def combine(
     _write(value, result, place, wanted, RESULT, inverse, zero, low, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def largest(
     source, result, pixels, channel_units, height, width, out_height, out_width,
     rows_of_window, columns_of_window, stride_row, stride_column, padding_row, padding_column,
@@ -91,7 +91,7 @@ def largest(
     tl.store(result + place, found.to(result.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def average(
     source, result, parts, arrived, pixels, channel_units, divisor, scale, zero_in, inverse, zero, low, high,
     UNIT: tl.constexpr, SOURCE: tl.constexpr, RESULT: tl.constexpr, SPLITS: tl.constexpr,

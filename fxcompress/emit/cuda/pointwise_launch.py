@@ -20,6 +20,7 @@ from fxcompress.emit.cuda.launch import (
     activation_arguments,
     dense,
     geometry,
+    has_no_gaps,
     next_power,
     steps,
     stored,
@@ -105,7 +106,7 @@ class _Planes:
 
 def _planes(left: torch.Tensor, right: torch.Tensor | None, images: bool = False) -> _Planes | None:
     """Return the dimensions over which a kernel goes; None if values have to be copied first."""
-    if not images and left.is_non_overlapping_and_dense() and (right is None or right.stride() == left.stride()) and (
+    if not images and has_no_gaps(left) and (right is None or right.stride() == left.stride()) and (
         left.ndim != 4 or left.shape[1] == 1 or left.stride(1) == 1
     ):  # fmt: skip
         return _flat(left, right)
