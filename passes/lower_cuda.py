@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -76,6 +77,8 @@ class _CudaLowering(Int8Lowering):
         self.progress = progress
         self.raw: dict[fx.Node, fx.Node] = {}
         self.real_layers: set[fx.Node] = set()
+        calls = Counter(str(node.target) for node in self.old.nodes if node.op == "call_module")
+        self.reserved -= {path for path, count in calls.items() if count == 1}  # a kernel may take its layer's path
 
     # What differs from CPUs
 

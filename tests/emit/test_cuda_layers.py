@@ -14,16 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxcompress.emit.cuda import device, launch
-from fxcompress.emit.cuda.layers import CudaConv, CudaLayer, CudaLinear, Tiled
-from fxcompress.emit.cuda.pointwise import (
-    CudaAdd,
-    CudaAvgPool,
-    CudaEnter,
-    CudaLayerNorm,
-    CudaLeave,
-    CudaMaxPool,
-    CudaMul,
-)
+from fxcompress.emit.cuda.layers import CudaConv, CudaLayer, CudaLinear, Tiled, is_two_of_four
 from fxcompress.errors import OptionError
 from fxcompress.quant import oracle
 from fxcompress.quant.spec import Grid
@@ -207,3 +198,96 @@ def test_real_convolutions_equal_those_of_float64(real: str, residual: str | Non
         found = run(x.to(HOME), second)
         assert found.dtype == dtype
         assert (found.cpu().double() - exact).abs().max() < step * exact.abs().max()
+
+
+def test_layers_in_8_bit_floating_point() -> None:
+    torch.manual_seed(0)
+    if HOME == "cuda" and not device.has_fp8(torch.empty(0, device=HOME)):
+        pytest.skip("this GPU has no 8-bit floating point")
+    linear = CudaLinear(48, 32, True, "fp8", "fp16", activation=("clamp", 0.0, None), residual="float")
+    conv = CudaConv(48, 32, [1, 1], [1, 1], [0, 0], [1, 1], 1, True, "fp8", "fp16", activation=("clamp", 0.0, None),
+                    residual="float")  # fmt: skip
+    weight, bias = torch.randn(32, 48) / 7, torch.randn(32)
+    linear.fill(weight, bias)
+    conv.fill(weight[:, :, None, None], bias)
+    x, addend = torch.randn(2, 3, 48).half(), torch.randn(2, 3, 32).half()
+    exact = F.relu(F.linear(x.double(), weight.double(), bias.double()) + addend.double())
+    linear.to(HOME)
+    conv.to(HOME)
+    images = conv(x.to(HOME).transpose(1, 2)[..., None], addend.to(HOME).transpose(1, 2)[..., None])
+    results = [linear(x.to(HOME), addend.to(HOME)), images[..., 0].transpose(1, 2)]
+    for found in results:
+        noise = (found.cpu().double() - exact).square().sum() / exact.square().sum()
+        assert noise < 3e-3
+    assert torch.equal(results[0], results[1])
+
+
+def test_choices_are_found_by_shape_and_layers_keep_their_dtypes() -> None:
+    layer = fill(CudaLinear(32, 16, True, input=SIGNED.config(), output=POSITIVE.config()))
+    x = signed(integers(3, 32))
+    before = layer(x)
+    assert layer.choice(x).name in layer._ways(x)
+    for change in (lambda: layer.half(), lambda: layer.double(), lambda: layer.repack()):
+        change()
+        assert (layer.weight.dtype, layer.weight_scale.dtype, layer.bias.dtype) == (
+            torch.int8, torch.float32, torch.float32,
+        )  # fmt: skip
+        assert torch.equal(layer(x), before)
+    layer.weight.neg_()
+    layer.repack()
+    assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: CudaConv(6, 9, [3], [2], [1], [1], 3, True, input=SIGNED.config(), output=POSITIVE.config()),
+    lambda: CudaConv(4, 8, [2, 3], [1, 2], [0, 1], [1, 1], 1, False, input=SIGNED.config()),
+    lambda: CudaLinear(5, 7, True, input=SIGNED.config(), activation=("silu",)),
+])  # fmt: skip
+def test_copies_pickles_and_configs_give_the_same_layer(build: Callable[[], CudaLayer]) -> None:
+    torch.manual_seed(0)
+    layer = fill(build())
+    shape = {1: (2, 6, 9), 2: (2, 4, 5, 7), 0: (3, 5)}[len(getattr(layer, "kernel_size", ()))]
+    x = signed(integers(*shape))
+    expected = layer(x)
+    again = type(layer).from_config(layer.config()).to(HOME)
+    again.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), again):
+        assert torch.equal(twin(x), expected)
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(OptionError, match="cannot compute in 'int4'"):
+        CudaLinear(1, 1, False, "int4")
+    with pytest.raises(OptionError, match="cannot compute in 'int8'"):
+        CudaLinear(1, 1, False, "int8")
+    with pytest.raises(OptionError, match="no activation 'mish'"):
+        CudaLinear(1, 1, False, "fp16", activation=("mish",))
+
+
+def test_two_of_four() -> None:
+    assert is_two_of_four(torch.tensor([[1.0, 0, 0, 2, 0, 0, 0, 3]]))
+    assert not is_two_of_four(torch.tensor([[1.0, 1, 1, 0, 0, 0, 0, 0]]))
+    assert not is_two_of_four(torch.zeros(2, 6))
+
+
+@given(
+    window=st.builds(
+        launch.Window, st.sampled_from([1, 3, 8, 24, 64, 512]), st.sampled_from([1, 8, 64, 1000]),
+        st.sampled_from([1, 1, 4]), st.sampled_from([(1, 1), (3, 3), (7, 7)]),
+    ),
+    pixels=st.sampled_from([1, 49, 197, 100_000, 3_000_000]),
+    integers=st.booleans(),
+    zero=st.sampled_from([0, -128]),
+)  # fmt: skip
+def test_block_sizes_fit_the_layer(window: launch.Window, pixels: int, integers: bool, zero: int) -> None:
+    found = launch.candidates(window, pixels, integers, zero)
+    assert found
+    assert len(found) == len({str(blocks) for blocks in found}) <= 16
+    assert found[0].pixels * found[0].outputs <= 128 * 128
+    for blocks in found:
+        assert blocks.pixels & (blocks.pixels - 1) == blocks.outputs & (blocks.outputs - 1) == 0
+        width = 1 if integers else 2
+        assert blocks.stages * (blocks.pixels + blocks.outputs) * blocks.channels * width <= 220_000
+        if not window.depthwise:
+            assert min(blocks.pixels, blocks.outputs) >= 16
+            assert blocks.channels * width >= 32

@@ -51,8 +51,7 @@ def verdicts(
         shape: of the input. addend: of the second input.
         arrives_as: "int8" if the input is there in 8 bits, so that real layers have to convert it; else "real".
     """
-    home = device.home()
-    if len(layers) == 1 or home.type != "cuda" or not tuning.measures(torch.empty(0, device=home)):
+    if len(layers) == 1 or not measures():
         return [Verdict(layer) for layer in layers]
     timed = []
     for layer in layers:
@@ -68,6 +67,12 @@ def verdicts(
         return time / MARGIN if precision[one.numbers] > 1 else time
 
     return sorted(timed, key=cost)
+
+
+def measures() -> bool:
+    """Whether there is a GPU to measure on, and measuring is wanted."""
+    home = device.home()
+    return home.type == "cuda" and tuning.measures(torch.empty(0, device=home))
 
 
 def layer_microseconds(

@@ -138,7 +138,8 @@ def convolution(
     output_held = group * outputs + tl.minimum(output, outputs - 1)
     window = rows_of_window * columns_of_window
     weight_rows = weight + output_held.to(tl.int64) * (window * channels)
-    filler = 0
+    nothing = 0 if INTEGERS else 0.0
+    filler = nothing
     if BORDER == LOADED:
         filler = source_zero.to(source.dtype.element_ty)
 
@@ -174,7 +175,7 @@ def convolution(
             seen = (down >= 0) & (down < height) & (right >= 0) & (right < width) & length_wanted[None, :]
             place = (step_down * width + step_right) * (CHANNELS * GROUPS) + (flat % CHANNELS)[None, :]
             values = tl.load(source + corner[:, None] + place, mask=seen, other=filler)
-            taken = tl.load(weight_rows[None, :] + flat[:, None], mask=length_wanted[:, None], other=0)
+            taken = tl.load(weight_rows[None, :] + flat[:, None], mask=length_wanted[:, None], other=nothing)
         elif POINTWISE:
             channel = block * BLOCK_CHANNELS + within
             if EVEN:
@@ -182,8 +183,8 @@ def convolution(
                 taken = tl.load(weight_rows[None, :] + channel[:, None])
             else:
                 inner = channel < channels
-                values = tl.load(source + corner[:, None] + channel[None, :], mask=inner[None, :], other=0)
-                taken = tl.load(weight_rows[None, :] + channel[:, None], mask=inner[:, None], other=0)
+                values = tl.load(source + corner[:, None] + channel[None, :], mask=inner[None, :], other=nothing)
+                taken = tl.load(weight_rows[None, :] + channel[:, None], mask=inner[:, None], other=nothing)
         else:
             tap = block // blocks_of_channels
             channel = (block - tap * blocks_of_channels) * BLOCK_CHANNELS + within
@@ -200,7 +201,7 @@ def convolution(
                 inner = channel < channels
                 values = tl.load(start + channel[None, :], mask=seen[:, None] & inner[None, :], other=filler)
                 taken = tl.load(
-                    weight_rows[None, :] + (tap * channels + channel)[:, None], mask=inner[:, None], other=0
+                    weight_rows[None, :] + (tap * channels + channel)[:, None], mask=inner[:, None], other=nothing
                 )
         if INTEGERS:
             total = tl.dot(values, taken, total, out_dtype=tl.int32)
