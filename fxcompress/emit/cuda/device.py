@@ -86,6 +86,17 @@ def processors(x: torch.Tensor) -> int:
     return _processors(x.device.index or 0) if x.device.type == "cuda" else 132
 
 
+def shared_memory(x: torch.Tensor) -> int:
+    """Return how many bytes the programs of one multiprocessor can share, with some left for what compilers add."""
+    return _shared_memory(x.device.index or 0) - 6_000 if x.device.type == "cuda" else 220_000
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    return int(getattr(properties, "shared_memory_per_block_optin", 101_376))
+
+
 @functools.cache
 def _processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -189,6 +189,7 @@ class Packed:
     ) -> None:
         self.window, self.source_zero = window, source_zero
         self.integers = weight.dtype == torch.int8
+        self.narrow = weight.element_size() == 1
         self.factor = None if factor is None else factor.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
         order = (2, 3, 1, 0) if window.depthwise else (0, 2, 3, 1)
@@ -414,30 +415,37 @@ def steps(amount: int, block: int) -> int:
 
 
 def candidates(
-    window: Window, pixels: int, integers: bool, source_zero: int = 0, processors: int = 132
+    window: Window,
+    pixels: int,
+    narrow: bool,
+    source_zero: int = 0,
+    processors: int = 132,
+    memory: int = 220_000,
 ) -> list[Blocks]:
     """Return block sizes worth trying, the most promising first.
 
     Args:
         window: the geometry.
         pixels: of all images of the result together.
-        integers: whether the numbers are 8-bit.
+        narrow: whether the numbers have 8 bits.
         source_zero: the zero point of the input.
-        processors: multiprocessors of the device.
+        processors: multiprocessors of the device. memory: bytes that one of them can share.
     """
     if window.depthwise:
         return _depthwise_candidates(window, pixels)
     found: list[tuple[float, Blocks]] = []
-    for (rows, columns, warps, stages), block in itertools.product(_SHAPES, _blocks_of_channels(window, integers)):
+    for (rows, columns, warps, stages), block in itertools.product(_SHAPES, _blocks_of_channels(window, narrow)):
         if columns > max(32, next_power(window.outputs)) or rows > max(32, next_power(pixels)):
             continue
         if window.flat and rows * columns > 8192:
             continue  # addresses of single pixels take too many registers
+        if stages * (rows + columns) * block * (1 if narrow else 2) > memory:
+            continue
         tiles = steps(pixels, rows) * steps(window.outputs, columns) * window.groups
         loops = _loops(window, block)
         for splits in _splits(tiles, loops, processors):
             blocks = Blocks(rows, columns, block, warps, stages, splits)
-            found.append((_estimate(blocks, tiles, loops, integers, processors), blocks))
+            found.append((_estimate(blocks, tiles, loops, narrow, processors), blocks))
     found.sort(key=lambda item: item[0])
     chosen = [blocks for _, blocks in found[:_MOST]]
     first = next((index for index, one in enumerate(chosen) if one.pixels * one.outputs <= _SAFE_AREA), 0)
@@ -460,12 +468,12 @@ _MOST = 8
 _SAFE_AREA = 128 * 128
 
 
-def _blocks_of_channels(window: Window, integers: bool) -> list[int]:
+def _blocks_of_channels(window: Window, narrow: bool) -> list[int]:
     """How many products are summed at a time: a row of 128 bytes or less."""
-    most = 128 if integers else 64
+    most = 128 if narrow else 64
     if window.flat:
         return [most // 2, most // 4]
-    least = 32 if integers else 16
+    least = 32 if narrow else 16
     sizes = [size for size in (most, most // 2, most // 4) if size <= max(least, next_power(window.channels))]
     return sizes or [least]
 
@@ -486,13 +494,13 @@ def _splits(tiles: int, loops: int, processors: int) -> list[int]:
     return found
 
 
-def _estimate(blocks: Blocks, tiles: int, loops: int, integers: bool, processors: int) -> float:
+def _estimate(blocks: Blocks, tiles: int, loops: int, narrow: bool, processors: int) -> float:
     """A rough time in cycles: rounds of tiles over the multiprocessors, each as long as its products or its loads.
 
     The rates are those of one multiprocessor of an H100: 4096 products of 8 bits or 2048 of 16 a cycle, 64 bytes from
     the L2 cache, 14 bytes to memory. Only the order matters: the first ones are measured.
     """
-    rows, columns, width = blocks.pixels, blocks.outputs, 1 if integers else 2
+    rows, columns, width = blocks.pixels, blocks.outputs, 1 if narrow else 2
     memory = blocks.stages * (rows + columns) * blocks.channels * width
     together = max(1, min(4, 32_768 // (rows * columns), 220_000 // memory))
     rounds = steps(tiles * blocks.splits, processors * together)

@@ -199,7 +199,9 @@ class CudaLayer(Kernel):
         rows = self._as_images(input)
         out = window.out_size(rows.shape[2], rows.shape[3])
         pixels = rows.shape[0] * out[0] * out[1]
-        tiles = launch.candidates(window, pixels, packed.integers, packed.source_zero, device.processors(input))
+        tiles = launch.candidates(
+            window, pixels, packed.narrow, packed.source_zero, device.processors(input), device.shared_memory(input)
+        )
         own: dict[str, Run] = {str(blocks): Tiled(self, packed, blocks) for blocks in tiles}
         return own if self.numbers in ("int8", "fp8") else {**self._library_ways(), **own}
 
