@@ -1,7 +1,7 @@
 """Latency of torchvision's networks on a GPU: eager, torch.compile and others in fp16 against fxcompress.
 
-    python benchmarks/cuda_latency.py --seconds 1500 --json benchmarks/results/cuda_latency.json --plot benchmarks/results/cuda_latency.png
-    python benchmarks/cuda_latency.py --json benchmarks/results/cuda_latency.json --seconds 600      # goes on where it was
+    python benchmarks/cuda_latency.py --seconds 1500 --json benchmarks/results/cuda_latency.json --plot cuda.png
+    python benchmarks/cuda_latency.py --seconds 600 --json benchmarks/results/cuda_latency.json  # goes on where it was
 
 Every engine runs in a process of its own with a time limit, and writes a row for each batch size at once: stopped and
 started again, the program measures what is missing. Figures are medians of groups of calls between two events on the
@@ -441,7 +441,7 @@ def main() -> None:
             print("ROW " + json.dumps(asdict(row)), flush=True)
         return
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"{command()}: PyTorch finds no GPU; --device cpu tries the program out, its figures mean nothing")
+        raise SystemExit(f"{command()}: PyTorch finds no GPU; --device cpu tries the program, its figures mean nothing")
     end = time.perf_counter() + options.seconds
     gpu = card()
     rows = read(options.json, options.retry)
@@ -468,7 +468,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--seconds", type=float, default=1500.0, help="for everything; what is missing is told, not measured")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="for everything; started again, it goes on")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for one engine on one network")
     parser.add_argument("--turn", type=float, default=0.5, help="seconds of timing at each batch size")
     parser.add_argument("--size", type=int, default=224, help="height and width of images")

@@ -50,8 +50,8 @@ def compile(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         target: what the result shall run on, "cpu" or "cuda". For "cuda" model and inputs may be on the CPU; the result
             is on the current GPU, with every layer computed in the way that measured fastest for the example inputs.
-        dtype: for GPUs: "fp16", "bf16", "int8" or "fp8". Layers that are slower in 8 bits stay in fp16. Passes that do not
-            say how to compute are followed by those that do: LowerFloat, or Quantize.
+        dtype: for GPUs: "fp16", "bf16", "int8" or "fp8". Layers that are slower in 8 bits stay in fp16. Passes that do
+            not say how to compute are followed by those that do: LowerFloat, or Quantize.
         verify: whether to compare outputs across every pass that promises to be exact.
         executor: how a lowered graph runs: "auto", by our own kernels where there are some; "graph", node by node.
         calibration: batches of inputs for passes that quantise (where the pass has none of its own).

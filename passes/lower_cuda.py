@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import fx, nn
 
 from fxcompress.emit.cpu_numbers import Kernel
 from fxcompress.emit.cuda import comparison, tuning
-from fxcompress.emit.cuda.layers import REALS, CudaConv, CudaLayer, CudaLinear, activation_of
 from fxcompress.emit.cuda.launch import SHIFT
+from fxcompress.emit.cuda.layers import REALS, CudaConv, CudaLayer, CudaLinear, activation_of
 from fxcompress.emit.cuda.pointwise import (
     CudaAdd,
     CudaAvgPool,
@@ -43,8 +42,8 @@ def lower_cuda(
 
     1. A convolution with one or two spatial dimensions, or a linear layer, becomes one module, together with the
        residual add and the activation behind it and the quantisation of the result.
-    2. What it is computed with is measured, if there is a choice: 8-bit numbers where they are quantised, 8-bit floating
-       point with "fp8", else 16 bits. Where nothing can be measured, the numbers asked for are taken.
+    2. What it is computed with is measured, if there is a choice: 8-bit numbers where they are quantised, 8-bit
+       floating point with "fp8", else 16 bits. Where nothing can be measured, the numbers asked for are taken.
     3. Sums, products with a gate, pooling and layer norms with an 8-bit result become kernels on integers; layer norms,
        gates and averages over whole images also in 16 bits.
     4. Operators that only move numbers are applied to the integers.
@@ -206,8 +205,8 @@ class _CudaLowering(Int8Lowering):
             return
         super()._copy(node)
         copy = self.floats[node]
-        copy.args = fx.node.map_aggregate(copy.args, self._narrowed)  # type: ignore[assignment]
-        copy.kwargs = fx.node.map_aggregate(copy.kwargs, self._narrowed)  # type: ignore[assignment]
+        copy.args = fx.node.map_aggregate(copy.args, self._narrowed)
+        copy.kwargs = fx.node.map_aggregate(copy.kwargs, self._narrowed)
         if copy.op == "call_method" and copy.target in ("float", "double"):
             copy.target = {"fp16": "half", "bf16": "bfloat16"}[self.real]
         if not any(_is_real(one) for one in node.all_input_nodes):  # made here, or taken out of an input
@@ -236,12 +235,12 @@ class _CudaLowering(Int8Lowering):
 
     def _start_region(self, layer: fx.Node) -> bool:
         """A layer with a quantised weight: in 8 bits if its input is quantised as well, else with those numbers."""
-        region = self._region(layer)
-        if isinstance(region, str):
-            reason, region = region, self._real_region(layer)
-            if region is None:
-                self.notes.append(Note(info(layer).layer or layer.name, f"{self.real}, by PyTorch: {reason}"))
-                return False
+        found = self._region(layer)
+        region = self._real_region(layer) if isinstance(found, str) else found
+        if region is None:
+            self.notes.append(Note(info(layer).layer or layer.name, f"{self.real}, by PyTorch: {found}"))
+            return False
+        if isinstance(found, str):
             self.real_layers.add(layer)
         if region.weight.ndim > 4:
             self.notes.append(Note(info(layer).layer or layer.name, f"{self.real}, by PyTorch: three dimensions"))
@@ -324,13 +323,13 @@ class _CudaLowering(Int8Lowering):
         real_weight = region.weight
         found: list[CudaLayer] = []
         if region.layer not in self.real_layers:
-            found.append(self._module(region, "int8", self.integers[source].grid))
+            found.append(self._layer(region, "int8", self.integers[source].grid))
             found[0].fill(region.weight, region.bias, region.weight_scale)
             real_weight = region.weight.float() * region.weight_scale.view(-1, *[1] * (region.weight.ndim - 1))
         if "fp8" in self.others and _suits_fp8(real_weight) and self._is_pointwise(region):
-            found.append(self._module(region, "fp8", None))
+            found.append(self._layer(region, "fp8", None))
             found[-1].fill(real_weight, region.bias)
-        found.append(self._module(region, self.real, None))
+        found.append(self._layer(region, self.real, None))
         found[-1].fill(real_weight, region.bias)
         return [layer.to(region.weight.device).eval() for layer in found]
 
@@ -340,7 +339,7 @@ class _CudaLowering(Int8Lowering):
         stride, before, behind, _, groups = self._geometry(region)
         return all(size == 1 for size in (*region.weight.shape[2:], *stride, groups)) and not any((*before, *behind))
 
-    def _module(self, region: Region, numbers: str, grid: Grid | None) -> CudaLayer:
+    def _layer(self, region: Region, numbers: str, grid: Grid | None) -> CudaLayer:
         held = None if region.addend is None else self.integers.get(region.addend)
         residual: Any = None if region.addend is None else "float" if held is None else held.grid.config()
         output = None if region.pair is None else grid_of(region.pair).config()
@@ -416,13 +415,13 @@ class _CudaLowering(Int8Lowering):
             enter = self.modules.get(str(node.target)) if node.op == "call_module" else None
             if not isinstance(enter, CudaEnter) or not node.users:
                 continue
-            layers = [self.modules.get(str(user.target)) for user in node.users if user.op == "call_module"]
-            if len(layers) != len(node.users) or not all(_is_first(layer) for layer in layers):
+            found = {str(user.target): self.modules.get(str(user.target)) for user in node.users}
+            layers = {path: layer for path, layer in found.items() if isinstance(layer, CudaConv) and _is_first(layer)}
+            if len(layers) != len(node.users):
                 continue
-            for user, layer in zip(list(node.users), layers, strict=True):
-                if isinstance(layer, CudaConv):
-                    self.modules[str(user.target)] = _widened(layer)
-            enter.channels = -(-layers[0].in_channels // 4) * 4  # type: ignore[union-attr]
+            for path, layer in layers.items():
+                self.modules[path] = wider = _widened(layer)
+                enter.channels = wider.in_channels
 
     def _to_real(self) -> None:
         """Round parameters and buffers that PyTorch's operators read."""
@@ -454,11 +453,10 @@ def _suits_fp8(weight: torch.Tensor) -> bool:
     return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
 
 
-def _is_first(layer: Kernel | None) -> bool:
+def _is_first(layer: CudaConv) -> bool:
     """Whether a layer reads few channels with a window."""
-    if not isinstance(layer, CudaConv) or layer.groups != 1 or len(layer.kernel_size) != 2:
-        return False
-    return layer.in_channels % 4 != 0 and layer._window().flat
+    plain = layer.groups == 1 and len(layer.kernel_size) == 2
+    return plain and layer.in_channels % 4 != 0 and layer.window.flat
 
 
 def _widened(layer: CudaConv) -> CudaConv:

@@ -30,8 +30,8 @@ class CompactModule(fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
     A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; one
-    for GPUs is recorded and replayed (see `emit.cuda.graphs`). The graph stays what it is, to be read, saved and run node
-    by node.
+    for GPUs is recorded and replayed (see `emit.cuda.graphs`). The graph stays what it is, to be read, saved and run
+    node by node.
 
     Attributes:
         report: what every pass did, and what was left alone and why; None for a module made by hand.

@@ -39,7 +39,7 @@ def _name_device(graph: fx.Graph, home: torch.device) -> None:
         return home if isinstance(argument, torch.device) else argument
 
     for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, rename)  # type: ignore[assignment]
-        node.kwargs = fx.node.map_aggregate(node.kwargs, rename)  # type: ignore[assignment]
+        node.args = fx.node.map_aggregate(node.args, rename)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, rename)
         if isinstance(node.kwargs.get("device"), str):
             node.kwargs = {**node.kwargs, "device": home}

@@ -56,7 +56,9 @@ def passes_for(given: object, target: str, dtype: str | None) -> list[Pass]:
     made = [part.produces for item in passes for part in item.parts()]
     if Stage.LOWERED in made:
         if dtype not in (None, "int8") and Stage.QDQ in made:
-            raise OptionError(f"these passes quantise to int8, but dtype={dtype!r} was asked for; leave one of them out")
+            raise OptionError(
+                f"these passes quantise to int8, but dtype={dtype!r} was asked for; leave one of both out"
+            )
         return passes
     if Stage.QDQ in made:
         return [*passes, *parse("lower")]

@@ -71,12 +71,17 @@ def layer_calls(every: bool) -> Iterator[tuple[str, Call]]:
             addend = addend.contiguous(memory_format=torch.channels_last)
         rows = torch.empty(images * size * size, device="meta") if dtype == torch.float8_e4m3fn else None
         real = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-        for blocks in candidates(window, images * height * width, weight.element_size() == 1, zero)[: None if every else 1]:
+        for blocks in candidates(window, images * height * width, weight.element_size() == 1, zero)[
+            : None if every else 1
+        ]:
             yield f"{name}: {blocks}", convolve(packed, ending, blocks, x, addend, real, rows)
 
 
 def pointwise_calls() -> Iterator[tuple[str, Call]]:
-    bytes_, image = torch.empty(32, 64, 56, 56, dtype=torch.int8, device="meta"), torch.empty(8, 3, 64, 64, device="meta")
+    bytes_, image = (
+        torch.empty(32, 64, 56, 56, dtype=torch.int8, device="meta"),
+        torch.empty(8, 3, 64, 64, device="meta"),
+    )
     bytes_ = bytes_.contiguous(memory_format=torch.channels_last)
     gate = torch.empty(32, 64, 1, 1, dtype=torch.float16, device="meta")
     half = torch.empty(197, 768, dtype=torch.float16, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,11 +49,10 @@ class Pretender:
 
 
 @pytest.fixture(autouse=True)
-def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers by PyTorch's operators: what they compute is no concern here."""
     if HOME == "cpu":
         monkeypatch.setenv(device.VARIABLE, "off")
-    yield
 
 
 class Branching(nn.Module):
@@ -227,7 +226,11 @@ def test_copies_and_changes_start_anew() -> None:
         assert twin._replays is not compact._replays
         assert not twin._replays.recordings
         assert torch.equal(twin(*inputs(2))["sum"], expected(*inputs(2)))
-    for change in (lambda: compact.repack(), lambda: compact.to(HOME), lambda: compact.load_state_dict({}, strict=False)):
+    for change in (
+        lambda: compact.repack(),
+        lambda: compact.to(HOME),
+        lambda: compact.load_state_dict({}, strict=False),
+    ):
         compact._replays = Replays(recorder)
         compact(*inputs(2))
         change()

@@ -1,10 +1,10 @@
-"""The modules of graphs for GPUs against exact integer arithmetic: by Triton's interpreter, or on the GPU if there is one."""
+"""The layers of graphs for GPUs against exact arithmetic: by Triton's interpreter, or on the GPU if there is one."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,11 +42,10 @@ SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scope
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run: on the GPU, or by the interpreter."""
     if HOME == "cpu":
         monkeypatch.setenv(device.VARIABLE, "interpret")
-    yield
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -135,11 +134,12 @@ def test_convolutions_equal_integer_arithmetic(case: dict[str, Any]) -> None:
     residual, output = case["residual"], case["output"]
     if output is None and isinstance(residual, Grid):
         residual = "float"
-    pairs = [[case[name]] * 2 for name in ("kernel", "stride", "padding", "dilation")]
+    kernel, stride, padding, dilation = ([case[name]] * 2 for name in ("kernel", "stride", "padding", "dilation"))
     layer = fill(
         CudaConv(
-            case["inputs"], case["outputs"], *pairs, case["groups"], case["bias"], input=case["input"].config(),
-            output=config(output), activation=CHOSEN[case["activation"]][0], residual=config(residual),
+            case["inputs"], case["outputs"], kernel, stride, padding, dilation, case["groups"], case["bias"],
+            input=case["input"].config(), output=config(output), activation=CHOSEN[case["activation"]][0],
+            residual=config(residual),
         )
     )  # fmt: skip
     tile = launch.Blocks(32, 16, 32, 4, 2, case["splits"], case["border"])
@@ -174,7 +174,9 @@ def test_linear_layers_equal_integer_arithmetic(
         plain = oracle.linear(
             x, SIGNED, layer.weight.cpu(), layer.weight_scale.cpu(), oracle.Epilogue(layer.bias.cpu())
         )
-        addend = None if residual is None else torch.randn(plain.shape) if residual == "float" else integers(*plain.shape)
+        addend = (
+            None if residual is None else torch.randn(plain.shape) if residual == "float" else integers(*plain.shape)
+        )
         second = None if addend is None else signed(addend) if isinstance(residual, Grid) else addend.half().to(HOME)
         agree(layer(signed(x), second), expected_of(plain, addend, residual, activation, output), output)
 
@@ -184,7 +186,9 @@ def test_linear_layers_equal_integer_arithmetic(
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_real_convolutions_equal_those_of_float64(real: str, residual: str | None, groups: int) -> None:
     torch.manual_seed(0)
-    layer = CudaConv(8, 8, [3, 3], [2, 1], [1, 1], [1, 1], groups, True, real, real, activation=("silu",), residual=residual)
+    layer = CudaConv(
+        8, 8, [3, 3], [2, 1], [1, 1], [1, 1], groups, True, real, real, activation=("silu",), residual=residual
+    )
     layer.fill(torch.randn(layer.weight.shape) / 4, torch.randn(8))
     layer.to(HOME)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[real]
@@ -193,6 +197,7 @@ def test_real_convolutions_equal_those_of_float64(real: str, residual: str | Non
     exact = F.silu(exact + addend.double() if residual else exact)
     second = addend.to(HOME) if residual else None
     step = {"fp16": 2e-3, "bf16": 2e-2}[real]
+    runs: list[Callable[..., torch.Tensor]]
     runs = [layer._in_floats] if real == "bf16" and HOME == "cpu" else [layer, layer._in_floats]
     for run in runs:  # the interpreter takes the bits of bf16 for integers in a matrix product
         found = run(x.to(HOME), second)
@@ -227,7 +232,7 @@ def test_choices_are_found_by_shape_and_layers_keep_their_dtypes() -> None:
     x = signed(integers(3, 32))
     before = layer(x)
     assert layer.choice(x).name in layer._ways(x)
-    for change in (lambda: layer.half(), lambda: layer.double(), lambda: layer.repack()):
+    for change in (layer.half, layer.double, layer.repack):
         change()
         assert (layer.weight.dtype, layer.weight_scale.dtype, layer.bias.dtype) == (
             torch.int8, torch.float32, torch.float32,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,11 +34,10 @@ HOME = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run: on the GPU, or by the interpreter."""
     if HOME == "cpu":
         monkeypatch.setenv(device.VARIABLE, "interpret")
-    yield
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -91,17 +91,21 @@ def test_sums_and_products_equal_those_of_the_real_numbers(
     torch.manual_seed(0)
     a, b = last(integers(*shape)), last(integers(*shape))
     real_a, real_b = real_of(a, LEFT), real_of(b, RIGHT)
-    configs = (LEFT.config(), RIGHT.config(), None if output is None else output.config(), relu)
+    first, second, wanted_grid = LEFT.config(), RIGHT.config(), None if output is None else output.config()
     gate = torch.rand(shape[0], shape[1], *[1] * (len(shape) - 2), device=HOME).half()
-    half = [LEFT.config(), None, *configs[2:]]
     cases = [
-        (CudaAdd(*configs), a, b, real_a + real_b),
-        (CudaMul(*configs), a, b, real_a * real_b),
-        (CudaMul(*half), a, gate, real_a * gate.float()),
-        (CudaMul(None, *configs[:1], *configs[2:]), gate, a, real_a * gate.float()),
-        (CudaAdd(*configs), a, b[:, :1], real_a + real_b[:, :1]),
-        (CudaAdd(*configs), a[:1], b, real_a[:1] + real_b),
-        (CudaAdd(*configs), a.transpose(0, -1).contiguous().transpose(0, -1), b, real_a + real_b),
+        (CudaAdd(first, second, wanted_grid, relu), a, b, real_a + real_b),
+        (CudaMul(first, second, wanted_grid, relu), a, b, real_a * real_b),
+        (CudaMul(first, None, wanted_grid, relu), a, gate, real_a * gate.float()),
+        (CudaMul(None, first, wanted_grid, relu), gate, a, real_a * gate.float()),
+        (CudaAdd(first, second, wanted_grid, relu), a, b[:, :1], real_a + real_b[:, :1]),
+        (CudaAdd(first, second, wanted_grid, relu), a[:1], b, real_a[:1] + real_b),
+        (
+            CudaAdd(first, second, wanted_grid, relu),
+            a.transpose(0, -1).contiguous().transpose(0, -1),
+            b,
+            real_a + real_b,
+        ),
     ]
     for module, left, right, exact in cases:
         exact = exact.relu() if relu else exact
@@ -134,14 +138,15 @@ def test_averages_over_whole_images(shape: tuple[int, ...], grids: tuple[Grid | 
     x = last(integers(*shape))
     x = x if source is not None else (x.half() / 64)
     exact = (x.double() if source is None else real_of(x, source).double()).mean((2, 3), keepdim=True).float()
-    configs = [None if grid is None else grid.config() for grid in grids]
-    for operation, dimensions, arguments, keeps in (
+    given, made = (None if grid is None else grid.config() for grid in grids)
+    cases: list[tuple[str, int, dict[str, Any], bool]] = [
         ("adaptive_avg_pool", 2, {"output_size": 1}, True),
         ("adaptive_avg_pool", 2, {"output_size": (1, 1)}, True),
         ("mean", 0, {"dim": [2, 3], "keepdim": True}, True),
         ("mean", 0, {"dim": (-1, -2)}, False),
-    ):
-        pool = CudaAvgPool(*configs, operation, dimensions, arguments)  # type: ignore[arg-type]
+    ]
+    for operation, dimensions, arguments, keeps in cases:
+        pool = CudaAvgPool(given, made, operation, dimensions, arguments)
         for _ in range(2):  # counters are left as they were found
             found = pool(x)
             wanted = exact if keeps else exact.flatten(1)
@@ -153,11 +158,12 @@ def test_averages_over_whole_images(shape: tuple[int, ...], grids: tuple[Grid | 
 
 def test_other_averages_are_those_of_the_real_numbers() -> None:
     x = integers(2, 5, 9, 7)
-    for operation, dimensions, arguments, function in (
+    cases: list[tuple[str, int, dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = [
         ("avg_pool", 2, {"kernel_size": 3, "stride": 2, "padding": 1}, lambda v: F.avg_pool2d(v, 3, 2, 1)),
         ("adaptive_avg_pool", 2, {"output_size": (3, 2)}, lambda v: F.adaptive_avg_pool2d(v, (3, 2))),
         ("mean", 0, {"dim": -1}, lambda v: v.mean(-1)),
-    ):
+    ]
+    for operation, dimensions, arguments, function in cases:
         pool = CudaAvgPool(LEFT.config(), OUTPUT.config(), operation, dimensions, arguments)
         assert torch.equal(pool(x), bytes_of(function(real_of(x, LEFT)), OUTPUT))
 
@@ -199,10 +205,10 @@ def test_rows_in_8_bit_floating_point() -> None:
 
 @pytest.mark.parametrize("name", ["CudaEnter", "CudaLeave"])
 def test_configs_round_trip(name: str) -> None:
-    module = MODULES[name](LEFT.config(), "bf16")  # type: ignore[call-arg, arg-type]
+    module = MODULES[name](LEFT.config(), "bf16")
     again = MODULES[name].from_config(module.config())
     assert again.config() == module.config()
     x = integers(3, 4)
     assert torch.equal(again(x), module(x))
     with pytest.raises(OptionError, match="real must be one of 'fp16', 'bf16', not 'fp64'"):
-        MODULES[name](LEFT.config(), "fp64")  # type: ignore[call-arg, arg-type]
+        MODULES[name](LEFT.config(), "fp64")

@@ -1,7 +1,7 @@
 """What GPU there is, and whether kernels run.
 
-`FXCOMPRESS_CUDA` overrides what is found: `off` (no kernels: everything by PyTorch's operators), `interpret` (kernels on
-CPU tensors, by Triton's interpreter, which needs `TRITON_INTERPRET=1` in the environment before Triton is imported).
+`FXCOMPRESS_CUDA` overrides what is found: `off` (no kernels: everything by PyTorch's operators), `interpret` (kernels
+on CPU tensors, by Triton's interpreter, which needs `TRITON_INTERPRET=1` in the environment before Triton is imported).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def require() -> None:
     reason = unavailable()
     if reason is not None:
         raise UnsupportedError(
-            f"target 'cuda' cannot be compiled for here: {reason}. Compile on the machine with the GPU, where kernels are "
-            f"chosen by measuring, or use target='cpu'. A file that was compiled for 'cuda' can be loaded anywhere"
+            f"target 'cuda' cannot be compiled for here: {reason}. Compile on the machine with the GPU, where kernels "
+            f"are chosen by measuring, or use target='cpu'. A file that was compiled for 'cuda' can be loaded anywhere"
         )
 
 

@@ -291,7 +291,7 @@ def depthwise(
         total += tl.load(offset + channel, mask=channel_wanted, other=0)[None, :]
     place = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
     _finish(
-        total.to(tl.float32), place, pixel_wanted[:, None] & channel_wanted[None, :], channel, channel_wanted, result, addend, factor,
-        bias, inverse, zero, low, high, addend_scale, addend_zero, first, second, ACTIVATION, ADDEND, RESULT,
-        HAS_FACTOR, HAS_BIAS,
+        total.to(tl.float32), place, pixel_wanted[:, None] & channel_wanted[None, :], channel, channel_wanted, result,
+        addend, factor, bias, inverse, zero, low, high, addend_scale, addend_zero, first, second, ACTIVATION, ADDEND,
+        RESULT, HAS_FACTOR, HAS_BIAS,
     )  # fmt: skip

@@ -451,7 +451,8 @@ def candidates(
     first = next((index for index, one in enumerate(chosen) if one.pixels * one.outputs <= _SAFE_AREA), 0)
     chosen.insert(0, chosen.pop(first))
     if source_zero and window.padding != (0, 0):
-        chosen += [replace(blocks, border=TABLE) for blocks in chosen[:4] if blocks.pixels * blocks.outputs <= _SAFE_AREA]
+        safe = [blocks for blocks in chosen[:4] if blocks.pixels * blocks.outputs <= _SAFE_AREA]
+        chosen += [replace(blocks, border=TABLE) for blocks in safe]
     return chosen
 
 

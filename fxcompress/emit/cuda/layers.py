@@ -219,7 +219,7 @@ class CudaLayer(Kernel):
             factor = self.weight_scale
             if self.input is not None and factor is not None:
                 factor = factor * self.input.scale
-            self._packed = Packed(self._window(), self._window_weight(), factor, self.bias, zero)
+            self._packed = Packed(self.window, self._window_weight(), factor, self.bias, zero)
         return self._packed
 
     def ending(self) -> Ending:
@@ -239,7 +239,9 @@ class CudaLayer(Kernel):
 
     # What differs between convolution and linear
 
-    def _window(self) -> Window:
+    @property
+    def window(self) -> Window:
+        """The layer as a convolution with two spatial dimensions."""
         raise NotImplementedError
 
     def _window_weight(self) -> torch.Tensor:
@@ -265,7 +267,8 @@ class CudaLayer(Kernel):
             weight = weight * self.weight_scale.view(-1, *[1] * (weight.ndim - 1))
         result = self._products(input.float() if self.input is None else real_of(input, self.input), weight)
         if residual is not None:
-            result = result + (real_of(residual, self.residual) if isinstance(self.residual, Grid) else residual.float())
+            grid = self.residual
+            result = result + (real_of(residual, grid) if isinstance(grid, Grid) else residual.float())
         if self.activation is not None:
             result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
         return result.to(REALS[self.real]) if self.output is None else bytes_of(result, self.output)
@@ -277,7 +280,7 @@ class CudaLayer(Kernel):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # .half() and .float() change nothing here
+            if old is not None and new is not None and new.dtype != old.dtype:  # .half() is for other layers
                 self._buffers[name] = old.to(new.device)
         self._forget()
         return self
@@ -363,7 +366,9 @@ class CudaConv(CudaLayer):
             **super().config(),
         }
 
-    def _window(self) -> Window:
+    @property
+    def window(self) -> Window:
+        """The layer as a convolution with two spatial dimensions."""
         flat = len(self.kernel_size) == 1
         lead: Callable[[list[int], int], tuple[int, int]]
         lead = lambda values, first: (first, values[0]) if flat else (values[0], values[1])  # noqa: E731
@@ -415,7 +420,7 @@ class CudaConv(CudaLayer):
         return held["weight"], held["bias"]
 
     def _cudnn_geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        window = self._window()
+        window = self.window
         return window.stride, window.padding, window.dilation, window.groups
 
     def _cudnn(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -470,7 +475,9 @@ class CudaLinear(CudaLayer):
         """Return the constructor arguments."""
         return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
 
-    def _window(self) -> Window:
+    @property
+    def window(self) -> Window:
+        """The layer as a convolution of single pixels."""
         return Window(self.in_features, self.out_features)
 
     def _window_weight(self) -> torch.Tensor:
@@ -513,9 +520,10 @@ class CudaLinear(CudaLayer):
         return self.finished(result, addend).reshape(self._result_shape(input.shape))
 
     def _fused(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        rows = input.reshape(-1, self.in_features)
+        rows, bias = input.reshape(-1, self.in_features), self._half_bias()
+        assert bias is not None  # for the type checker: asked for in _library_ways
         gelu = self.activation == ("gelu", "tanh")
-        result = torch._addmm_activation(self._half_bias(), rows, self.weight.t(), use_gelu=gelu)
+        result = torch._addmm_activation(bias, rows, self.weight.t(), use_gelu=gelu)
         return result.reshape(self._result_shape(input.shape))
 
     def _library_sparse(self) -> Any:

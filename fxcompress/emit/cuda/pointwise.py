@@ -52,9 +52,7 @@ class CudaEnter(Kernel):
         channels: how many channels images shall have; further ones are the number zero. None: those that there are.
     """
 
-    def __init__(
-        self, grid: Sequence[Any] | None = None, real: str = "fp16", channels: int | None = None
-    ) -> None:
+    def __init__(self, grid: Sequence[Any] | None = None, real: str = "fp16", channels: int | None = None) -> None:
         super().__init__()
         self.grid, self.real = _grid(grid), _check_real(type(self).__name__, real)
         self.channels = None if channels is None else int(channels)

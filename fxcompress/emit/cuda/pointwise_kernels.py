@@ -1,4 +1,4 @@
-"""The Triton kernels between layers: elementwise operations, pooling, normalisation; 8-bit values as in `kernels.py`."""
+"""The Triton kernels between layers: elementwise operations, pooling, norms; 8-bit values as in `kernels.py`."""
 
 from __future__ import annotations
 

@@ -108,12 +108,13 @@ def _read(path: Path) -> dict[str, Choice]:
     """Return what a file holds; nothing if it is not there, or not what it should be."""
     try:
         held = json.loads(path.read_text())
-        return {
-            str(key): Choice(str(name), None if time is None else float(time), tuple((str(a), float(b)) for a, b in times))
-            for key, (name, time, times) in held.items()
-        }
+        return {str(key): _choice(*described) for key, described in held.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def _choice(name: Any, time: Any, times: Any) -> Choice:
+    return Choice(str(name), None if time is None else float(time), tuple((str(a), float(b)) for a, b in times))
 
 
 def fastest(ways: Sequence[Way]) -> Choice:
@@ -172,7 +173,7 @@ def device_microseconds(run: Callable[[], Any], rounds: int = 5) -> float:
         finally:
             graph.capture_end()
         graph.replay()
-        durations = []
+        durations: list[float] = []
         for _ in range(rounds):
             begin.record(stream)
             graph.replay()
@@ -181,7 +182,7 @@ def device_microseconds(run: Callable[[], Any], rounds: int = 5) -> float:
             durations.append(begin.elapsed_time(end))
     torch.cuda.current_stream().wait_stream(stream)
     del graph
-    return 1e3 * statistics.median(durations) / calls
+    return float(1e3 * statistics.median(durations) / calls)
 
 
 def measures(x: torch.Tensor) -> bool:
