@@ -277,11 +277,13 @@ def measure_in_process(
         )  # fmt: skip
         done: set[int] = set()
         with _deadline(process, limit) as late:
-            for line in process.stdout or ():
-                if line.startswith("ROW "):
-                    row = Row(**json.loads(line[4:]))
-                    done.add(row.batch)
-                    yield row
+            assert process.stdout is not None  # for the type checker
+            with process.stdout:
+                for line in process.stdout:
+                    if line.startswith("ROW "):
+                        row = Row(**json.loads(line[4:]))
+                        done.add(row.batch)
+                        yield row
             process.wait()
         log.seek(0)
         last = [line for line in log.read().splitlines() if line.strip()][-1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxcompress.emit.cuda import device
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import compare, opaque, regions
 from fxcompress.graph.capture import trace
-from fxcompress.graph.devices import moved
+from fxcompress.graph.devices import in_full_float32, moved
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.pipeline.base import PassContext
@@ -79,7 +80,8 @@ def compile(
         compare.require_same_outputs(model, captured, inputs)
     if target == "cuda":
         captured, inputs = moved(captured, inputs, device.home())
-    with progress_bar(progress) as manager.progress:
+    precisely = in_full_float32() if target == "cuda" else contextlib.nullcontext()
+    with progress_bar(progress) as manager.progress, precisely:
         data = {"calibration": calibration, "train_data": train_data, "validation": validation}
         context = PassContext(inputs, data, target, captured, model=model, dtype=dtype)
         result = manager.run(captured, inputs, context)

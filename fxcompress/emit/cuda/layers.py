@@ -9,8 +9,9 @@ there is no GPU, the same module computes in float32 by PyTorch's operators.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fxcompress.emit.cpu_numbers import Kernel, inverse
 from fxcompress.emit.cuda import device, launch, pointwise_launch, tuning
 from fxcompress.emit.cuda.launch import SHIFT, Blocks, Ending, Packed, Window
 from fxcompress.errors import OptionError
+from fxcompress.graph.devices import in_full_float32
 from fxcompress.quant.spec import Grid
 
 Run = Callable[..., torch.Tensor]
@@ -265,7 +267,8 @@ class CudaLayer(Kernel):
         weight = self.weight.float()
         if self.weight_scale is not None:
             weight = weight * self.weight_scale.view(-1, *[1] * (weight.ndim - 1))
-        result = self._products(input.float() if self.input is None else real_of(input, self.input), weight)
+        with in_full_float32():
+            result = self._products(input.float() if self.input is None else real_of(input, self.input), weight)
         if residual is not None:
             grid = self.residual
             result = result + (real_of(residual, grid) if isinstance(grid, Grid) else residual.float())
@@ -428,7 +431,7 @@ class CudaConv(CudaLayer):
         x = self._as_images(input)
         x = launch.dense(x)
         only_bias = bias if self.bias is not None else None
-        with _BENCHMARKED():
+        with _benchmarked():
             result = F.conv2d(x, weight, only_bias, *self._cudnn_geometry())
         addend = None if residual is None else self._as_images(residual)
         return self.finished(result, addend).reshape(self._result_shape(input.shape))
@@ -437,15 +440,22 @@ class CudaConv(CudaLayer):
         weight, bias = self._cudnn_tensors()
         stride, padding, dilation, groups = self._cudnn_geometry()
         x = launch.dense(input)
-        with _BENCHMARKED():
+        with _benchmarked():
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
             addend = launch.dense(residual)
             return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, stride, padding, dilation, groups)
 
 
-#: cuDNN's own choice among its kernels is measured as well.
-_BENCHMARKED = functools.partial(torch.backends.cudnn.flags, enabled=True, benchmark=True)
+@contextlib.contextmanager
+def _benchmarked() -> Iterator[None]:
+    """Let cuDNN choose among its kernels by measuring as well."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class CudaLinear(CudaLayer):

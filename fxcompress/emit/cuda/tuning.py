@@ -153,7 +153,10 @@ def _prepare(ways: Sequence[Way]) -> None:
 
 
 def device_microseconds(run: Callable[[], Any], rounds: int = 5) -> float:
-    """Return the time of a computation on the GPU: median over replays of a graph that holds it several times."""
+    """Return the time of a computation on the GPU, in microseconds: the median of a few rounds.
+
+    What is short is recorded several times in a CUDA graph, so that Python is not measured.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -163,26 +166,36 @@ def device_microseconds(run: Callable[[], Any], rounds: int = 5) -> float:
         run()
         end.record(stream)
         end.synchronize()
-        once = max(1e-3, begin.elapsed_time(end))  # ms, with the time that Python takes
-        calls = max(2, min(20, int(2.0 / once)))
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(calls):
-                run()
-        finally:
-            graph.capture_end()
-        graph.replay()
+        once = begin.elapsed_time(end)  # ms, with the time that Python takes
+        calls = 2 if once > _LONG else 10
+        again = run if once > _LONG else _recorded(run, calls)
+        again()
         durations: list[float] = []
         for _ in range(rounds):
             begin.record(stream)
-            graph.replay()
+            for _ in range(calls if once > _LONG else 1):
+                again()
             end.record(stream)
             end.synchronize()
             durations.append(begin.elapsed_time(end))
     torch.cuda.current_stream().wait_stream(stream)
-    del graph
     return float(1e3 * statistics.median(durations) / calls)
+
+
+#: Milliseconds from which a computation is timed without a graph.
+_LONG = 0.4
+
+
+def _recorded(run: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """Record a computation several times, on the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        for _ in range(calls):
+            run()
+    finally:
+        graph.capture_end()
+    return graph.replay
 
 
 def measures(x: torch.Tensor) -> bool:
