@@ -20,7 +20,10 @@ from fxcompress.quant import oracle
 from fxcompress.quant.spec import Grid
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # infinity is meant
+pytestmark = [
+    pytest.mark.usefixtures("gpu_kernels"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # infinity is meant
+]
 
 SIGNED, POSITIVE = Grid(0.03125, 128), Grid(0.0234375, 0)
 OUTPUTS = [None, Grid(0.0625, 0), Grid(0.046875, 120), Grid(0.05, 130, 10, 240)]
@@ -39,13 +42,6 @@ CHOSEN: dict[str, tuple[tuple[Any, ...] | None, Callable[[torch.Tensor], torch.T
 }
 HOME = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run: on the GPU, or by the interpreter."""
-    if HOME == "cpu":
-        monkeypatch.setenv(device.VARIABLE, "interpret")
 
 
 def integers(*shape: int) -> torch.Tensor:

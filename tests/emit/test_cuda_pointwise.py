@@ -28,16 +28,10 @@ from fxcompress.errors import OptionError
 from fxcompress.quant.spec import Grid
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("gpu_kernels")
 
 LEFT, RIGHT, OUTPUT = Grid(0.03125, 128), Grid(0.01171875, 90), Grid(0.046875, 60)
 HOME = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run: on the GPU, or by the interpreter."""
-    if HOME == "cpu":
-        monkeypatch.setenv(device.VARIABLE, "interpret")
 
 
 def integers(*shape: int) -> torch.Tensor:

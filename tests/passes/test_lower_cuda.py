@@ -26,18 +26,12 @@ from fxcompress.quant.arithmetic import signal_to_noise
 
 pytest.importorskip("triton")
 pytestmark = [
+    pytest.mark.usefixtures("gpu_kernels"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # infinity is meant
     pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
 ]
 
 HOME = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run: on the GPU, or by the interpreter."""
-    if HOME == "cpu":
-        monkeypatch.setenv(device.VARIABLE, "interpret")
 
 
 class Images(nn.Module):
