@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxcompress.emit.cpu_numbers import Kernel
 from fxcompress.emit.cuda import comparison, tuning
 from fxcompress.emit.cuda.launch import SHIFT
-from fxcompress.emit.cuda.layers import REALS, CudaConv, CudaLayer, CudaLinear, activation_of
+from fxcompress.emit.cuda.layers import REALS, CudaConv, CudaLayer, CudaLinear, activation_of, joined
 from fxcompress.emit.cuda.pointwise import (
     CudaAdd,
     CudaAvgPool,
@@ -24,7 +24,7 @@ from fxcompress.emit.cuda.pointwise import (
     CudaMul,
 )
 from fxcompress.graph import edit, ops
-from fxcompress.graph.metadata import TensorInfo, info, set_info
+from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
 from fxcompress.passes.lower_cpu_int8 import Int8Lowering, Region, grid_of, is_pair, numbers_of, only_reader, padding_of
 from fxcompress.pipeline.base import Note, PassResult
 from fxcompress.quant.spec import Grid
@@ -49,7 +49,8 @@ def lower_cuda(
     4. Operators that only move numbers are applied to the integers.
     5. Everything else is computed in 16 bits by PyTorch. Inputs are converted where they come in, and results keep the
        dtype that they had.
-    6. Images with one to three channels get a fourth one, of zeros, in front of a convolution: loads are wide then.
+    6. Linear layers that read the same value, with real results, become one.
+    7. Images with one to three channels get a fourth one, of zeros, in front of a convolution: loads are wide then.
 
     Args:
         graph_module: the graph; its shapes must be known.
@@ -65,7 +66,8 @@ def lower_cuda(
 class _CudaLowering(Int8Lowering):
     """Builds the new graph node by node, as for CPUs; real values have 16 bits.
 
-    raw: nodes of the new graph that hold real numbers as they come in, of any dtype, by the old node.
+    raw: nodes of the new graph that hold real numbers as they come in, of any dtype, by the old node. outside: old
+    nodes that hold several such values.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class _CudaLowering(Int8Lowering):
         self.real, self.others = DTYPES[dtype]
         self.progress = progress
         self.raw: dict[fx.Node, fx.Node] = {}
+        self.outside: set[fx.Node] = set()
         self.real_layers: set[fx.Node] = set()
         calls = Counter(str(node.target) for node in self.old.nodes if node.op == "call_module")
         self.reserved -= {path for path, count in calls.items() if count == 1}  # a kernel may take its layer's path
@@ -120,6 +123,7 @@ class _CudaLowering(Int8Lowering):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.new.erase_node(node)
         self._widen_inputs()
+        self._join_linears()
         self._install()
         self._to_real()
         return len(self.modules)
@@ -150,11 +154,12 @@ class _CudaLowering(Int8Lowering):
 
     def _hold_raw(self, old: fx.Node, copy: fx.Node) -> None:
         """Remember a value of a dtype that it brings: real numbers are converted where they are read."""
-        value = info(old).value
-        if isinstance(value, TensorInfo) and value.dtype.is_floating_point:
+        if _is_real(old):
             self.raw[old] = copy
-        else:
-            self.floats[old] = copy
+            return
+        self.floats[old] = copy
+        if _holds_real(old):
+            self.outside.add(old)
 
     def _float(self, old: fx.Node) -> fx.Node:
         if old not in self.floats and old in self.raw:
@@ -209,7 +214,9 @@ class _CudaLowering(Int8Lowering):
         copy.kwargs = fx.node.map_aggregate(copy.kwargs, self._narrowed)
         if copy.op == "call_method" and copy.target in ("float", "double"):
             copy.target = {"fp16": "half", "bf16": "bfloat16"}[self.real]
-        if not any(_is_real(one) for one in node.all_input_nodes):  # made here, or taken out of an input
+        inputs = node.all_input_nodes
+        if not any(map(_holds_real, inputs)) or any(one in self.outside for one in inputs):
+            # made here, or taken out of an input of the model
             del self.floats[node]
             self._hold_raw(node, copy)
 
@@ -296,15 +303,18 @@ class _CudaLowering(Int8Lowering):
             self.waiting[region.layer]()
 
     def _emit_layer(self, region: Region) -> None:
-        source = region.layer.all_input_nodes[0]
+        source = origin = region.layer.all_input_nodes[0]
         held = self.integers.get(source)
+        if is_pair(source) and source.all_input_nodes[0] in self.raw:
+            origin = source.all_input_nodes[0]  # an input of the model: real layers read it as it comes
         layers = self._candidates(region)
         shape, addend = info(source).value.shape, region.addend
         addend_shape = None if addend is None else info(addend).value.shape
         self.progress(f"measuring {region.path}", 0, None)
-        found = comparison.verdicts(layers, shape, addend_shape, "real" if held is None else "int8")
+        arrives_as = "input" if origin is not source else "real" if held is None else "int8"
+        found = comparison.verdicts(layers, shape, addend_shape, arrives_as)
         module = found[0].layer
-        values = [held.node if held is not None and module.numbers == "int8" else self._float(source)]
+        values = [held.node if held is not None and module.numbers == "int8" else self._float(origin)]
         values = self._padded_for(region, module, values)
         if addend is not None:
             quantized = isinstance(module.residual, Grid)
@@ -423,6 +433,36 @@ class _CudaLowering(Int8Lowering):
                 self.modules[path] = wider = _widened(layer)
                 enter.channels = wider.in_channels
 
+    def _join_linears(self) -> None:
+        """Make one layer of linear layers that read the same value: the projections of attention, for example."""
+        for source in list(self.new.nodes):
+            groups: dict[tuple[str, bool], list[fx.Node]] = defaultdict(list)
+            for user in source.users:
+                layer = self.modules.get(str(user.target)) if user.op == "call_module" else None
+                if isinstance(layer, CudaLinear) and _is_plain(layer) and user.args == (source,):
+                    groups[layer.numbers, layer.bias is not None].append(user)
+            for nodes in groups.values():
+                if len(nodes) > 1 and len({str(node.target) for node in nodes}) == len(nodes):
+                    self._join(source, nodes)
+
+    def _join(self, source: fx.Node, nodes: list[fx.Node]) -> None:
+        layers = [layer for node in nodes if isinstance(layer := self.modules.pop(str(node.target)), CudaLinear)]
+        path = str(nodes[0].target)
+        self.modules[path] = joined(layers)
+        with self.new.inserting_after(source):
+            together = self.new.call_module(path, (source,))
+        set_info(together, layer=info(nodes[0]).layer)
+        start = 0
+        for node, layer in zip(nodes, layers, strict=True):
+            with self.new.inserting_before(node):
+                part = self.new.call_function(torch.narrow, (together, -1, start, layer.out_features))
+            set_info(part, layer=info(node).layer)
+            node.replace_all_uses_with(part)
+            self.new.erase_node(node)
+            start += layer.out_features
+            if node is not nodes[0]:
+                self.notes.append(Note(str(node.target), f"{layer.numbers}: computed by {path}, which reads the same"))
+
     def _to_real(self) -> None:
         """Round parameters and buffers that PyTorch's operators read."""
         for path, module in self.graph_module.named_modules():
@@ -448,9 +488,19 @@ def _is_real(node: fx.Node) -> bool:
     return isinstance(value, TensorInfo) and value.dtype.is_floating_point
 
 
+def _holds_real(node: fx.Node) -> bool:
+    """Whether a node produces real numbers, in one tensor or several."""
+    return any(value.dtype.is_floating_point for value in tensors(info(node).value))
+
+
 def _suits_fp8(weight: torch.Tensor) -> bool:
     """Whether a layer has sizes that 8-bit floating point can be worth its roundings for."""
     return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+
+
+def _is_plain(layer: CudaLinear) -> bool:
+    """Whether a layer computes products and biases only, with a real result."""
+    return layer.output is None and layer.residual is None and layer.activation is None
 
 
 def _is_first(layer: CudaConv) -> bool:

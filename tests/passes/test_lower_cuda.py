@@ -86,6 +86,29 @@ class Tokens(nn.Module):
         return x[:, 0].float()
 
 
+class Projections(nn.Module):
+    """Attention of one head, with a layer for each of query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1)
+        logits: torch.Tensor = self.last(weights @ self.value(x))
+        return logits
+
+
+class Listed(nn.Module):
+    """Takes tensors in a list, and numbers of other kinds."""
+
+    def forward(self, pair: list[torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = pair
+        parts = torch.chunk(left + right, 2, 1)
+        return parts[0] * parts[1], right[index]
+
+
 def randomized(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -147,6 +170,19 @@ def test_outputs_keep_shape_dtype_and_nearly_the_numbers(
             assert torch.equal(one, other.cpu())
 
 
+def test_pieces_of_values_are_not_converted_again_and_those_of_inputs_are() -> None:
+    model = Tokens().eval()
+    compact = fxc.compile(model, None, example(model), target="cuda")
+    paths = {name for name, module in compact.named_modules() if isinstance(module, CudaEnter)}
+    assert paths == {"x_enter", "zeros_enter"}
+    pair, index = [torch.randn(3, 4), torch.randn(3, 4)], torch.tensor([2, 0])
+    compact = fxc.compile(Listed(), "fuse", (pair, index), target="cuda")
+    found = compact([one.to(HOME) for one in pair], index.to(HOME))
+    for one, other in zip(Listed()(pair, index), found, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert signal_to_noise(one, other.cpu()) > 50
+
+
 def test_norms_round_for_their_readers() -> None:
     torch.manual_seed(0)
     model = Tokens().eval()
@@ -154,6 +190,18 @@ def test_norms_round_for_their_readers() -> None:
     compact = fxc.compile(model, "fuse, quantize", x, target="cuda", calibration=[x])
     norms = [module for module in compact.modules() if isinstance(module, CudaLayerNorm)]
     assert [norm.output is not None for norm in norms] == [True, True]
+
+
+def test_linear_layers_that_read_the_same_are_joined() -> None:
+    torch.manual_seed(0)
+    model, x = Projections().eval(), torch.randn(2, 5, 16)
+    for dtype in ("fp16", "int8"):
+        compact = fxc.compile(model, None, x, target="cuda", dtype=dtype, calibration=[x])
+        sizes = sorted(module.out_features for module in compact.modules() if isinstance(module, CudaLinear))
+        assert sizes == [8, 32]
+        assert signal_to_noise(model(x), compact(x.to(HOME)).cpu()) > (50 if dtype == "fp16" else 30)
+        assert compact.report is not None
+        assert sum("which reads the same" in " ".join(line.notes) for line in compact.report.layers) == 2
 
 
 def test_a_first_layer_gets_a_fourth_channel() -> None:
@@ -198,7 +246,10 @@ def test_the_fastest_numbers_win(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert kinds.pop("last") == "int8"
     assert set(kinds.values()) == {"fp16"}
+    enters = [module for module in lowered.graph_module.modules() if isinstance(module, CudaEnter)]
+    assert enters[0].grid is None, "the input comes as it is, not rounded to 8 bits and back"
     notes = {note.layer: note.text for note in lowered.notes}
+    assert notes["first"] == "fp16: fp16 10.0 us (made up); int8 100.0 us (made up)"
     assert notes["left"] == "fp16: fp16 12.0 us (made up); int8 100.0 us (made up)"  # with a conversion
     assert "int8: int8 10.0 us" in notes["last"]
 

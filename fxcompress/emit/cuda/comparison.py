@@ -49,15 +49,15 @@ def verdicts(
     Args:
         layers: the same layer with different numbers, the most wanted first: it is taken where nothing is measured.
         shape: of the input. addend: of the second input.
-        arrives_as: "int8" if the input is there in 8 bits, so that real layers have to convert it; else "real".
+        arrives_as: "int8" if the input is there in 8 bits, so that real layers have to convert it; "real" where 8-bit
+            ones have to; "input" where it comes from outside and is converted anyway.
     """
     if len(layers) == 1 or not measures():
         return [Verdict(layer) for layer in layers]
     timed = []
     for layer in layers:
         microseconds, way = layer_microseconds(layer, shape, addend)
-        converts = arrives_as != ("int8" if layer.numbers == "int8" else "real")
-        if converts:
+        if arrives_as not in ("input", "int8" if layer.numbers == "int8" else "real"):
             microseconds += _LAUNCH + 3 * math.prod(shape) / _BYTES
         timed.append(Verdict(layer, microseconds, way))
     precision = {numbers: rank for rank, numbers in enumerate(("fp16", "bf16", "fp8", "int8"))}

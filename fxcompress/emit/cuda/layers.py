@@ -551,6 +551,17 @@ class CudaLinear(CudaLayer):
             return None
 
 
+def joined(layers: Sequence[CudaLinear]) -> CudaLinear:
+    """Return one layer that computes several of the same input, numbers and kind, their outputs behind each other."""
+    first = layers[0]
+    config = {**first.config(), "out_features": sum(layer.out_features for layer in layers)}
+    made: CudaLinear = CudaLinear.from_config(config)
+    for name, buffer in first._buffers.items():
+        if buffer is not None:
+            made._buffers[name] = torch.cat([getattr(layer, name) for layer in layers])
+    return made.eval()
+
+
 #: Activations that cuBLAS computes with a matrix product.
 _CUBLAS_ACTIVATIONS = (("clamp", 0.0, None), ("gelu", "tanh"))
 
