@@ -199,7 +199,7 @@ class Recording:
         self.recorder.before()
         for own, given in zip(self.inputs, leaves, strict=True):
             if isinstance(own, torch.Tensor):
-                own.copy_(given, non_blocking=True)
+                own.copy_(given)
         self.again()
         result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, self.result)
         self.recorder.after()
