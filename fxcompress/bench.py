@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import os
 import platform
 import shlex
 import statistics
@@ -19,7 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import FxCompressError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import info
-from fxcompress.sources import find_calibration, find_model
+from fxcompress.sources import Source, find_calibration, find_model
 
 #: build(model, inputs) -> what is timed, called without arguments. A function at the top of a module, so that another
 #: process can find it; `functools.partial` of one carries options.
@@ -173,6 +175,7 @@ def _worker(name: str, build: Builder, workload: Workload) -> Iterator[_Worker]:
 def _serve(connection: Connection, build: Builder, workload: Workload) -> None:
     """What runs in the process of an engine: prepare, then measure as often as asked."""
     warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # engines draw progress bars between our tables
     if workload.threads:
         torch.set_num_threads(workload.threads)
     calls: dict[int, Callable[[], Any]] = {}
@@ -194,12 +197,16 @@ def _serve(connection: Connection, build: Builder, workload: Workload) -> None:
 
 
 def _prepare(build: Builder, workload: Workload) -> dict[int, Callable[[], Any]]:
-    calls: dict[int, Callable[[], Any]] = {}
+    made = zip(workload.batches, batches_of(workload), strict=True)
+    return {batch: build(source.model, source.example_inputs) for batch, source in made}
+
+
+def batches_of(workload: Workload) -> Iterator[Source]:
+    """Yield the model anew for each batch size, with inputs of that size: the same numbers in every process."""
     for batch in workload.batches:
         source = find_model(workload.model, workload.shapes, seed=workload.seed)
         generator = torch.Generator().manual_seed(workload.seed)
-        calls[batch] = build(source.model, _with_batch(source.example_inputs, batch, generator))
-    return calls
+        yield replace(source, example_inputs=_with_batch(source.example_inputs, batch, generator))
 
 
 def _with_batch(inputs: ExampleInputs, batch: int, generator: torch.Generator) -> ExampleInputs:
@@ -238,15 +245,20 @@ def layer_seconds(graph_module: fx.GraphModule, *inputs: torch.Tensor, rounds: i
     Nodes that belong to no layer stand under their own names. Running node by node costs a few microseconds a node,
     which are part of the figures.
     """
+    found: dict[str, float] = {}
+    for node, seconds in node_seconds(graph_module, inputs, rounds).items():
+        layer = info(node).layer or node.name
+        found[layer] = found.get(layer, 0.0) + seconds
+    return found
+
+
+def node_seconds(graph_module: fx.GraphModule, inputs: Sequence[Any], rounds: int = 30) -> dict[fx.Node, float]:
+    """Return the median seconds of each node of a graph that computes something, run one by one."""
     clock = _Clock(graph_module)
     with torch.inference_mode():
         for _ in range(rounds + 3):
             clock.run(*inputs)
-    found: dict[str, float] = {}
-    for node, durations in clock.durations.items():
-        layer = info(node).layer or node.name
-        found[layer] = found.get(layer, 0.0) + statistics.median(durations[3:])
-    return found
+    return {node: statistics.median(durations[3:]) for node, durations in clock.durations.items()}
 
 
 class _Clock(fx.Interpreter):
@@ -275,10 +287,19 @@ def eager(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 def compiled(model: nn.Module, inputs: ExampleInputs, passes: str) -> Callable[[], Any]:
     """The model compiled by fxcompress; calibration, where it is asked for, with the inputs."""
+    compact = compact_of(Source("", model, inputs), passes)
+    return functools.partial(inputs.map(channels_last).call, compact)
+
+
+def compact_of(source: Source, passes: str | None) -> CompactModule:
+    """Return a model compiled with these passes, calibrated with its inputs; None for one that is compiled already."""
     from fxcompress.api import compile as compile_model
 
-    compact = compile_model(model, passes, inputs, verify=False, calibration=find_calibration("random", inputs, 1))
-    return functools.partial(inputs.map(channels_last).call, compact)
+    model, inputs = source.model, source.example_inputs
+    if passes is None:
+        assert isinstance(model, CompactModule)  # for the type checker
+        return model
+    return compile_model(model, passes, inputs, verify=False, calibration=find_calibration("random", inputs, 1))
 
 
 def with_torch_compile(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:

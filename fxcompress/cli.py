@@ -19,6 +19,7 @@ from fxcompress.errors import FxCompressError, InputError, OptionError
 from fxcompress.pipeline.base import Pass
 
 if TYPE_CHECKING:
+    from fxcompress.bench import Workload
     from fxcompress.sources import Source
 
 app = typer.Typer(
@@ -143,7 +144,7 @@ def compress(
 ) -> None:
     """Compile a model and save it."""
     from fxcompress.pipeline.presets import passes_for
-    from fxcompress.sources import call_function, find_calibration, find_model
+    from fxcompress.sources import find_calibration, find_model, named_value
 
     for destination in report or ():
         _check_destination(destination)
@@ -162,8 +163,8 @@ def compress(
         dtype=dtype,
         verify=verify,
         calibration=None if calibration is None else find_calibration(calibration, source.example_inputs),
-        train_data=None if train_data is None else call_function(train_data),
-        validation=None if validation is None else call_function(validation),
+        train_data=None if train_data is None else named_value(train_data),
+        validation=None if validation is None else named_value(validation),
     )
     compact.save(out)
     if not processes.is_main():
@@ -272,12 +273,12 @@ def _sensitivity(
     """Measure how each family of channels matters; print a table, and write the plot and the figures."""
     from fxcompress.analysis.sensitivity_plot import plot as draw
     from fxcompress.bench import write_json
-    from fxcompress.sources import call_function, find_calibration
+    from fxcompress.sources import find_calibration, named_value
 
     for remark in source.remarks:
         _warn(remark)
     if labelled is not None:
-        data, loss = call_function(labelled[0]), labelled[1]
+        data, loss = named_value(labelled[0]), labelled[1]
     else:
         data, loss = find_calibration(calibration or "random", source.example_inputs), None
     found = fxcompress.sensitivity(source.model, source.example_inputs, data, loss)
@@ -304,36 +305,67 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="How long a turn lasts at each batch size.")] = 1.0,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as torch chooses.")] = 0,
     torch_compile: Annotated[bool, typer.Option("--torch-compile", help="Time torch.compile as well.")] = False,
+    peers: Annotated[
+        str, typer.Option(help="Other int8 engines, with commas: onnxruntime, openvino, torchao, torch-ao; or 'all'.")
+    ] = "",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show each layer's time beside what its arithmetic alone would take.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the timings into this .png, .svg or .pdf.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Time a model before and after compilation, or an artefact; each engine runs in a process of its own."""
+    """Time a model before and after compilation and in other engines, or an artefact; each in a process of its own."""
+    from fxcompress import bench_views
     from fxcompress.bench import Builder, Workload, compare, compiled, eager, result, with_torch_compile, write_json
+    from fxcompress.peers import against_best, find_peers
     from fxcompress.pipeline.progress import progress_bar
     from fxcompress.sources import find_model
 
-    find_model(model, input_shape or ())  # so that a wrong name is said here, not by another process
-    engines: dict[str, Builder] = {"artefact" if model.endswith(".fxc") else "float": eager}
-    if not model.endswith(".fxc"):
+    others = find_peers(name.strip() for name in peers.split(",") if name.strip())
+    source = find_model(model, input_shape or ())  # so that a wrong name is said here, not by another process
+    saved = isinstance(source.model, fxcompress.CompactModule)
+    if saved and others:
+        raise OptionError(f"--peers needs the float model that other engines can compile, and {model} is compiled")
+    ours = "artefact" if saved else f"fxcompress ({passes})"
+    engines: dict[str, Builder] = {ours if saved else "float": eager}
+    if not saved:
         if torch_compile:
             engines["torch.compile"] = with_torch_compile
-        engines[f"fxcompress ({passes})"] = functools.partial(compiled, passes=passes)
+        engines |= {peer.title: peer.build for peer in others}
+        engines[ours] = functools.partial(compiled, passes=passes)
     workload = Workload(model, tuple(input_shape or ()), _batches(batch), threads)
     with progress_bar() as progress:
         timings = compare(workload, engines, rounds, seconds, progress)
-    table = Table("engine", "batch", "ms", "times as fast", "SQNR dB", title=f"{model}: median of {rounds} rounds")
-    for timing in timings:
-        if timing.median is None:
-            table.add_row(timing.engine, str(timing.batch), "-", f"failed: {timing.error}", "")
-            continue
-        ratio = "" if timing.ratio is None else f"{timing.ratio:.2f}"
-        sqnr = "" if timing.sqnr_db is None else f"{timing.sqnr_db:.1f}"
-        table.add_row(timing.engine, str(timing.batch), f"{1e3 * timing.median:.2f}", ratio, sqnr)
-    _console().print(table)
+    _console().print(bench_views.timing_table(timings, f"{model}: median of {rounds} rounds"))
+    made = result(workload, timings)
+    made["against_best_peer"] = against_best(timings, ours, (peer.title for peer in others))
+    print("".join(f"{line}\n" for line in bench_views.against_best_lines(made["against_best_peer"], ours)), end="")
+    if layers:
+        made["layers"] = _bench_layers(workload, None if saved else passes)
+    if plot is not None:
+        bench_views.plot(timings, plot, model)
+        print(f"wrote {plot}")
     if json_path is not None:
-        write_json(json_path, [result(workload, timings)])
+        write_json(json_path, [made])
         print(f"wrote {json_path}")
     if all(timing.median is None for timing in timings):
         raise FxCompressError("no engine could run the model")
+
+
+def _bench_layers(workload: Workload, passes: str | None) -> list[dict[str, Any]]:
+    """Measure the layers at each batch size, print a table of each, and return the figures."""
+    from fxcompress.bench import batches_of, compact_of
+    from fxcompress.bench_layers import time_layers
+    from fxcompress.bench_views import layer_table
+
+    found: list[dict[str, Any]] = []
+    peak: float | None = None
+    for source in batches_of(workload):
+        times = time_layers(compact_of(source, passes), source.example_inputs, workload.threads, peak=peak)
+        peak = times.peak
+        _console().print(layer_table(times, source.name))
+        found.append(times.to_dict())
+    return found
 
 
 def _batches(text: str) -> tuple[int, ...]:

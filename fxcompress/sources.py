@@ -1,6 +1,6 @@
 """What the command line names by a word: models, example inputs, calibration data.
 
-A model is the name of a torchvision model, `file.py:function`, or a saved artefact (`*.fxc`).
+A model is the name of a torchvision model, `file.py:name` of a function or value, or a saved artefact (`*.fxc`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def find_model(
         model, own_inputs = _from_file(text)
         inputs = inputs or own_inputs
         if inputs is None:
-            raise InputError(f"{text} returned a model without example inputs; return both, or give --input-shape")
+            raise InputError(f"{text} is a model without example inputs; return both, or give --input-shape")
         return Source(type(model).__name__, model.eval(), inputs)
     return _from_torchvision(text, inputs, weights, num_classes)
 
@@ -99,31 +99,33 @@ def _random(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _from_file(text: str) -> tuple[nn.Module, ExampleInputs | None]:
-    made = call_function(text)
+    made = named_value(text)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise InputError(f"{text} returned a {type(model).__name__}; it must return a torch.nn.Module, or a tuple "
-                         f"(module, example_inputs)")  # fmt: skip
+        raise InputError(f"{text} returned a {type(model).__name__}; it must be or return a torch.nn.Module, or a "
+                         f"tuple (module, example_inputs)")  # fmt: skip
     return model, None if inputs is None else ExampleInputs.of(inputs)
 
 
-def call_function(text: str) -> Any:
-    """Return what the function named by `file.py:function` returns when called without arguments.
+def named_value(text: str) -> Any:
+    """Return the value that `file.py:name` names, or what the function of that name returns without arguments.
 
     Raises:
-        InputError: there is no such file or function, or one of them raised.
+        InputError: there is no such file or name, or one of them raised.
     """
     file, _, name = text.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
         raise InputError(f"{text}: there is no file {str(path)!r}")
     module = _import_file(path)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [word for word, value in vars(module).items() if callable(value) and not word.startswith("_")]
-        raise InputError(f"{path.name} has no function {name!r}{did_you_mean(name, known)}")
+    if not hasattr(module, name):
+        known = [word for word, value in vars(module).items() if not isinstance(value, type(sys)) and word[0] != "_"]
+        raise InputError(f"{path.name} has no function or value {name!r}{did_you_mean(name, known)}")
+    value = getattr(module, name)
+    if not callable(value) or isinstance(value, nn.Module):
+        return value
     try:
-        return function()
+        return value()
     except Exception as error:
         raise InputError(f"{text} raised {type(error).__name__}: {error}") from error
 
@@ -199,11 +201,11 @@ def _read_weights(model: nn.Module, path: Path) -> None:
 
 
 def find_calibration(text: str, inputs: ExampleInputs, batches: int = 4, batch_size: int = 8) -> Any:
-    """Return calibration data: what `file.py:function` returns, or for "random" noise of the shape of the inputs.
+    """Return calibration data: what `file.py:name` names, or for "random" noise of the shape of the inputs.
 
     Noise makes a pipeline run, and its scales fit no real data.
     """
     if text != "random":
-        return call_function(text)
+        return named_value(text)
     noise = [inputs.map(lambda tensor: _random((batch_size, *tensor.shape[1:]), tensor.dtype)) for _ in range(batches)]
     return [batch.args if not batch.kwargs else batch.kwargs for batch in noise]

@@ -15,9 +15,10 @@ from fxcompress.graph.batches import read_batches
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage
 from fxcompress.graph.shapes import evaluation
-from fxcompress.passes.insert_observers import observers_of
+from fxcompress.passes.insert_observers import observe_values, observers_of
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field, parameters_equal
 from fxcompress.quant.merging import can_merge, merge_over_processes
+from fxcompress.quant.rows import DynamicQuantize
 from fxcompress.train.data import is_shared
 
 
@@ -29,7 +30,8 @@ class Calibrate(Pass):
     on the same data changes nothing. Of several processes each runs a part of the batches, and all get the statistics
     of the whole; or each runs all of them, where statistics depend on the order ("moving-average") or come from
     observers from elsewhere.
-    Fake-quantisers that training has started with keep what they have.
+    Fake-quantisers that training has started with keep what they have. Where weights alone are observed, as dynamic and
+    weight-only layers have it, no data is needed.
 
     Args:
         calibration: batches of inputs; None takes what was given to `fxcompress.compile(calibration=...)`, or else the
@@ -51,11 +53,17 @@ class Calibrate(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Record, and compare the statistics with those before."""
         found = observers_of(graph_module).items()
-        observers = {path: observer for path, observer in found if not getattr(observer, "quantizing", False)}
+        observers = {
+            path: observer for path, observer in found
+            if not isinstance(observer, DynamicQuantize) and not getattr(observer, "quantizing", False)
+        }  # fmt: skip
         if not observers:
             return PassResult(graph_module, modified=False)
         known = (self.calibration, context.resources.get("calibration"), context.resources.get("train_data"))
-        data = context.resource(next((one for one in known if one is not None), None), "calibration", "Calibrate")
+        data = next((one for one in known if one is not None), None)
+        if not observe_values(graph_module):
+            data = [context.example_inputs]  # weights are the same whatever comes in
+        data = context.resource(data, "calibration", "Calibrate")
         before = {path: _statistics(observer) for path, observer in observers.items()}
         total = len(data) if isinstance(data, Sized) and not isinstance(data, (torch.Tensor, tuple, Mapping)) else None
         count = 0

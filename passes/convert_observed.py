@@ -20,6 +20,8 @@ from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.quant.arithmetic import fake_quantize
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import ChannelMean
+from fxcompress.quant.rows import DynamicQuantize, fake_quantize_rows
+from fxcompress.quant.spec import QuantSpec
 from fxcompress.rewrite.driver import apply
 
 
@@ -42,7 +44,8 @@ class ConvertObserved(Pass):
     5. After training with fake-quantisers, layers that were joined with their batch norms (`quant.normed_layers`)
        become plain ones with folded numbers, and batch norms behind layers without an 8-bit kernel are folded as well
        (`FoldBatchNorm`). The grids are those that training has left.
-    6. Refuses an observer that has seen no data, or NaN or infinity.
+    6. A `DynamicQuantize` becomes `fake_quantize_rows(x, low, high)`, which measures and rounds every row.
+    7. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
     with.
@@ -61,7 +64,10 @@ class ConvertObserved(Pass):
             edits += _fold_batch_norms(graph_module)
         for node in list(graph_module.graph.nodes):
             observer = ops.submodule(node)
-            if is_observer(observer):
+            if isinstance(observer, DynamicQuantize):
+                _convert_rows(node, observer.spec)
+                edits += 1
+            elif is_observer(observer):
                 path = str(node.target)
                 if path not in numbers:
                     numbers[path] = _proposal(observer, node)
@@ -180,6 +186,14 @@ def _convert(
             pair = graph.call_function(torch.fake_quantize_per_channel_affine, arguments)
     set_info(pair, layer=info(node).layer)
     edit.replace_and_erase(node, pair)
+
+
+def _convert_rows(node: fx.Node, spec: QuantSpec) -> None:
+    (value,) = node.all_input_nodes
+    with node.graph.inserting_before(node):
+        rounded = node.graph.call_function(fake_quantize_rows, (value, spec.quant_min, spec.quant_max))
+    set_info(rounded, layer=info(node).layer)
+    edit.replace_and_erase(node, rounded)
 
 
 def _round_biases(graph_module: fx.GraphModule) -> None:

@@ -9,26 +9,36 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxcompress.analysis.layers import matching_layers
-from fxcompress.analysis.quantization import Anchor, GridGroup, QuantizationPlan, plan_quantization
+from fxcompress.analysis.quantization import Anchor, GridGroup, ModeOf, QuantizationPlan, plan_quantization
 from fxcompress.errors import OptionError, did_you_mean
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import Stage, set_info
 from fxcompress.graph.regions import regions
 from fxcompress.passes.fuse_activation import FuseActivation
 from fxcompress.passes.join_conv_bn import join_batch_norms, normed_layers
-from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, data_field
+from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice, data_field
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.fake_quantize import FakeQuantize, LearnedQuantize
-from fxcompress.quant.normed_layers import NormedLayer
+from fxcompress.quant.normed_layers import PLAIN, NormedLayer
 from fxcompress.quant.observers import OBSERVERS, ChannelMean, ExternalObserver, Observer
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
-from fxcompress.quant.spec import BITS, activation_spec, weight_spec
+from fxcompress.quant.rows import DynamicQuantize
+from fxcompress.quant.spec import BITS, DYNAMIC, MODES, STATIC, WEIGHT_ONLY, activation_spec, weight_spec
 
 _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
     nn.Linear: F.linear,
+    nn.Embedding: F.embedding,
+}
+
+#: Arguments of these functions that layers keep as attributes.
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _GEOMETRY),
+    nn.Linear: (),
+    nn.Embedding: ("padding_idx", "scale_grad_by_freq", "sparse"),
 }
 
 
@@ -46,10 +56,18 @@ class ObserverOptions(Pass):
     ignore: Any = ()
     weight_bits: int = 8
     activation_bits: int = 8
+    mode: str = STATIC
+    dynamic: Any = ()
+    weight_only: Any = ()
     qconfig: Any = data_field()
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        check_choice(name, "mode", self.mode, MODES)
+        if self.mode != STATIC and self.activation is not None:
+            raise OptionError(f"{name}: with mode={self.mode!r} no values are observed, so leave out activation=")
+        if self.mode != STATIC and self.qconfig is not None:
+            raise OptionError(f"{name}: a qconfig says for itself what is dynamic, so leave out mode={self.mode!r}")
         for option in ("activation", "weight"):
             given = getattr(self, option)
             if isinstance(given, str) and given not in OBSERVERS:
@@ -59,7 +77,9 @@ class ObserverOptions(Pass):
         for option, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
             if not isinstance(bits, int) or bits not in BITS:
                 raise OptionError(f"{name}: {option} must be a whole number from {BITS[0]} to {BITS[-1]}, not {bits!r}")
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        for option in ("ignore", "dynamic", "weight_only"):
+            given = getattr(self, option)
+            object.__setattr__(self, option, (given,) if isinstance(given, str) else tuple(given))
 
 
 @dataclass(frozen=True)
@@ -72,19 +92,23 @@ class InsertObservers(ObserverOptions):
        trained and quantised graphs have one shape and gradients reach the weight. The weight keeps its path.
     3. There is no observer between a layer and the activation or residual add that its kernel computes as well
        (`FuseActivation` marks them); the observer stands behind the last of them.
-    4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer.
+    4. Values that are joined or moved only (cat, reshape, max pooling, ...) share one observer. Outputs of the model
+       read such values before the observer, so that they do not get coarser than they are.
     5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
     6. Observers return what they are given, so the graph computes what it did before.
+    7. Of a linear layer in mode "dynamic" or "weight-only" the weight alone is observed, which takes no data. In front
+       of the first kind stands a `DynamicQuantize`, one for all layers that read a value; `ConvertObserved` turns it
+       into the measuring and rounding of every row, at every call. Biases are not corrected.
 
     With `qat`, for training (`Train`, `Distill`) before `ConvertObserved`:
 
-    7. In the places of the observers are fake-quantisers (`quant.fake_quantize`). From the first batch in training mode
+    8. In the places of the observers are fake-quantisers (`quant.fake_quantize`). From the first batch in training mode
        on they round; what they have learned or observed by then stays late in training.
-    8. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer that they will be
+    9. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer that they will be
        (`quant.normed_layers`). `ConvertObserved` folds them. Batch norms that were folded before are no hindrance.
        Those that a caller's model in training mode keeps in evaluation mode keep their statistics from the start.
-    9. What kernels compute as well is found out here, behind the layers so joined.
-    10. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
+    10. What kernels compute as well is found out here, behind the layers so joined.
+    11. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
        that round already.
 
     Args:
@@ -98,6 +122,12 @@ class InsertObservers(ObserverOptions):
         ignore: layers that stay float, as dotted paths or patterns ("features.0", "head.*").
         weight_bits: from 2 to 8. Kernels compute with 8 bits in any case, of which fewer are then used.
         activation_bits: from 2 to 8, for values.
+        mode: how layers get their input: "static", on grids that calibration fixes; "dynamic", with a scale and zero
+            point for every row (token), measured at every call; "weight-only", in float, so that weights alone are
+            8-bit, for layers that wait for memory. The last two are for linear layers, the last one for embeddings as
+            well; they leave everything else float and need no calibration.
+        dynamic, weight_only: linear layers (and embeddings) in another mode than the rest, as dotted paths or patterns.
+            With mode="static" and dynamic="*" convolutions are static and all linear layers dynamic.
         qat: whether to put trainable fake-quantisers in the place of plain observers.
         learn_steps: with `qat`, whether steps and offsets are learned as weights are (`LearnedQuantize`), or follow the
             observers.
@@ -142,20 +172,33 @@ class InsertObservers(ObserverOptions):
                 return "ignored on request"
             return None if choose(path, module) else "no QConfig for it"
 
-        plan = plan_quantization(graph_module, accepts)
+        plan = plan_quantization(graph_module, accepts, self._modes(graph_module, choose))
         edits = _Insertion(graph_module, plan, choose, self).run()
         notes += [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
-        if reduced and plan.anchors and self.weight_bits == 8:
+        if reduced and any(anchor.mode != WEIGHT_ONLY for anchor in plan.anchors) and self.weight_bits == 8:
             notes.append(Note("target cpu", "weights in 7 bits: without VNNI, sums of products of 8 bits saturate"))
         modified = edits > 0 or bool(normed_layers(graph_module))
         return PassResult(graph_module, modified, edits, tuple(notes))
+
+    def _modes(self, graph_module: fx.GraphModule, choose: Chooser) -> ModeOf:
+        """Return the function from path and module of a layer to its mode."""
+        named = dict.fromkeys(matching_layers(graph_module, self.dynamic, option="dynamic"), DYNAMIC)
+        for path in matching_layers(graph_module, self.weight_only, option="weight_only"):
+            named[path] = WEIGHT_ONLY
+
+        def mode_of(path: str, module: nn.Module) -> str:
+            choice = choose(path, module)
+            can = PLAIN.get(type(module), type(module)) in (nn.Linear, nn.Embedding)
+            return named[path] if can and path in named else choice.mode if choice else STATIC
+
+        return mode_of
 
     def _default_choice(self, reduced: bool) -> ObserverChoice:
         followed = self.qat and not self.learn_steps
         activation = ("moving-average" if followed else "histogram") if self.activation is None else self.activation
         weight = _PER_CHANNEL[self.weight_bits < 8] if self.weight is None else self.weight
         weights, values = weight_spec(self.weight_bits, reduced), activation_spec(self.activation_bits)
-        return ObserverChoice(activation, weight, weights, values)
+        return ObserverChoice(activation, weight, weights, values, self.mode)
 
     def fake_quantizer(self, observer: Any, **options: Any) -> nn.Module:
         """Return a fake-quantiser that starts with, or follows, an observer; the observer itself without `qat`."""
@@ -181,6 +224,8 @@ class _Insertion:
         self.layers = {anchor.path: graph_module.get_submodule(anchor.path) for anchor in plan.anchors}
         self.weights: dict[str, fx.Node] = {}  # path of a layer -> its observed weight
         self.means: dict[str, ChannelMean] = {}  # path of a layer -> the means of its input
+        self.modes = {anchor.path: anchor.mode for anchor in plan.anchors}
+        self.rows: dict[fx.Node, fx.Node] = {}  # value -> the same behind its `DynamicQuantize`
         self.paths: dict[nn.Module, str] = {}  # of the observers
 
     def run(self) -> int:
@@ -192,6 +237,8 @@ class _Insertion:
             elif layer.quantizer is None:
                 layer.quantizer = self._weight_quantizer(anchor.path)
                 layer.freeze_norm(min(layer.freeze_at, self.options.freeze_norms))
+            if anchor.mode == DYNAMIC:
+                self._measure_rows(self.nodes[anchor.node], anchor.path)
         for group in self.plan.groups:
             self._observe(group)
         quantizers = [layer.quantizer for layer in self.layers.values() if isinstance(layer, NormedLayer)]
@@ -208,9 +255,22 @@ class _Insertion:
             value = self._averaged(node.args[0], anchor.path)
         make_functional(self.graph_module, node, value, self.weights[anchor.path])
 
+    def _measure_rows(self, layer: fx.Node, path: str) -> None:
+        """Put a `DynamicQuantize` in front of a layer. Layers that read the same value share it."""
+        value = layer.args[0]
+        assert isinstance(value, fx.Node)  # for the type checker
+        if isinstance(ops.submodule(value), DynamicQuantize):
+            return
+        if value not in self.rows:
+            module = DynamicQuantize(self._choice(path).activation_spec, self.options.qat)
+            with self.graph.inserting_before(layer):
+                self.rows[value] = self._call(f"{value.name}_rows", module, value)
+            set_info(self.rows[value], layer=path)
+        layer.replace_input_with(value, self.rows[value])
+
     def _averaged(self, value: Any, path: str) -> Any:
         """The input of a layer, behind its `ChannelMean` if there shall be one."""
-        if not self.options.correct_bias or self.options.qat:
+        if not self.options.correct_bias or self.options.qat or self.modes[path] != STATIC:
             return value
         if path not in self.means:
             layer: Any = self.layers[path]
@@ -240,7 +300,7 @@ class _Insertion:
         observer = self.options.fake_quantizer(self._choice(group.layer).activation_observer())
         for name in group.values:
             value = self.nodes[name]
-            readers = list(value.users)
+            readers = [reader for reader in value.users if reader.name not in group.outside]
             with self.graph.inserting_after(value):
                 observed = self._call(group.name, observer, value)
             for reader in readers:
@@ -250,7 +310,7 @@ class _Insertion:
         choice = self.choose(path, self.layers[path])
         if choice is None:  # the plan holds layers with a choice only
             raise OptionError(f"no observers were chosen for layer {path!r}")
-        return choice
+        return choice.in_mode(self.modes[path])
 
     def _call(self, name: str, observer: nn.Module, value: fx.Node) -> fx.Node:
         """Call an observer, which gets a path at its first call."""
@@ -261,17 +321,18 @@ class _Insertion:
 
 
 def make_functional(graph_module: fx.GraphModule, node: fx.Node, value: Any, weight: fx.Node) -> None:
-    """Turn the call of a convolution or linear layer into that of the function, with a value and a weight by nodes."""
+    """Turn the call of a layer into that of the function, with a value and a weight by nodes."""
     path, layer = str(node.target), cast("Any", ops.submodule(node))
     bias = None
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         with graph_module.graph.inserting_before(node):
             bias = graph_module.graph.get_attr(f"{path}.bias")
         set_info(bias, layer=path)
     function: ops.Function = _FUNCTIONS[type(layer)]
-    bound: dict[str, Any] = {"input": value, "weight": weight, "bias": bias}
-    if not isinstance(layer, nn.Linear):
-        bound |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    bound: dict[str, Any] = {"input": value, "weight": weight}
+    if not isinstance(layer, nn.Embedding):
+        bound["bias"] = bias
+    bound |= {name: getattr(layer, name) for name in _ATTRIBUTES[type(layer)]}
     node.op, node.target = "call_function", function
     node.args, node.kwargs = ops.canonical_arguments(ops.BY_FUNCTION[function], bound)
 
@@ -290,6 +351,18 @@ def observers_of(graph_module: fx.GraphModule) -> dict[str, Any]:
     return found
 
 
+def observe_values(graph_module: fx.GraphModule) -> bool:
+    """Whether an observer in a graph or its regions watches more than a tensor of the model's own."""
+    graphs = (graph_module, *(region.graph_module for region in regions(graph_module)))
+    return any(
+        is_observer(ops.submodule(node))
+        and not isinstance(ops.submodule(node), DynamicQuantize)
+        and node.all_input_nodes[0].op != "get_attr"
+        for graph in graphs
+        for node in graph.graph.nodes
+    )
+
+
 def is_observer(module: object) -> bool:
     """Whether a module is one of those that `InsertObservers` puts in."""
-    return isinstance(module, (Observer, ExternalObserver, FakeQuantize, ChannelMean))
+    return isinstance(module, (Observer, ExternalObserver, FakeQuantize, ChannelMean, DynamicQuantize))

@@ -22,6 +22,9 @@ class Lower(Pass):
     """Give quantised layers, and what stands between them, to the kernels of a target.
 
     For "cpu" see `lower_cpu_int8`; for "cuda" see `lower_cuda`, which computes what is not quantised in 16 bits.
+    Parameters of layers that stay float no longer require gradients: a lowered graph is for inference.
+    `requires_grad_()` on some of them takes that back, and the graph then runs node by node wherever gradients are
+    recorded.
 
     Args:
         target: "cpu" or "cuda"; None takes the target of `fxcompress.compile`.
@@ -44,6 +47,8 @@ class Lower(Pass):
             device.require()
             return lower_cuda(graph_module, "int8", context.progress)
         result = lower_cpu_int8(graph_module)
+        if result.modified:
+            result.graph_module.requires_grad_(False)
         context.progress("building the kernels, once on each machine", 0, None)
         reason = unavailable() if result.modified else None
         if reason is None:

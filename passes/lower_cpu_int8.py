@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxcompress.emit.cpu_int8 import Int8Add, Int8AvgPool, Int8Conv, Int8Layer, Int8Linear, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_int8 import (
+    Dequantize,
+    Int8Add,
+    Int8Affine,
+    Int8AvgPool,
+    Int8Conv,
+    Int8DynamicLinear,
+    Int8Embedding,
+    Int8Linear,
+    Int8MaxPool,
+    Int8Mul,
+    Int8WeightOnlyLinear,
+    Kernel,
+    Quantize,
+    QuantizedLayer,
+    QuantizeRows,
+)
 from fxcompress.emit.cpu_int8 import activation_of as kernel_activation
-from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
 from fxcompress.errors import OptionError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
 from fxcompress.pipeline.base import Note, PassResult
 from fxcompress.quant.arithmetic import quantize
 from fxcompress.quant.cpu import cpu_features
-from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid, QuantSpec
+from fxcompress.quant.folding import scale_and_shift
+from fxcompress.quant.spec import DYNAMIC, REDUCED_WEIGHT_LIMIT, STATIC, WEIGHT_ONLY, Grid, QuantSpec
 
 
 def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
@@ -28,10 +45,14 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
     1. A convolution or linear layer with a quantised input and weight becomes one module, together with the residual
        add and the activation behind it and the quantisation of the result. Read by float operators only, the module
        produces float32 at once.
-    2. Sums, products with a gate, average and max pooling between quantised values become modules on integers.
+    2. Sums, products with a gate, batch norms, average and max pooling between quantised values become modules on
+       integers.
     3. Operators that only move numbers are applied to the integers.
     4. Everything else stays float. Between the two stand `Quantize` and `Dequantize`, wherever one is needed.
-    5. A residual whose memory nobody needs any more is overwritten by the sum.
+    5. A linear layer whose rows are quantised as they come (`fake_quantize_rows`) becomes a `QuantizeRows`, shared by
+       all that read the same value, and a layer on its integers. One whose weight alone is quantised keeps its float
+       input; an embedding becomes a table of bytes, the same as that of an output layer with the same weight.
+    6. A residual whose memory nobody needs any more is overwritten by the sum.
     """
     lowering = Int8Lowering(graph_module)
     edits = lowering.run()
@@ -50,7 +71,7 @@ class Integers:
 class Region:
     """A layer and what its kernel computes as well.
 
-    layer: the node of the convolution or linear function. path: of the layer.
+    layer: the node of the convolution or linear function. path: of the layer. mode: how it gets its input.
     addend: node that is added to the result. activation: as `Int8Layer` takes it, with its node.
     pair: the quantisation of the result; None: the result stays float.
     """
@@ -60,6 +81,7 @@ class Region:
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None
+    mode: str = STATIC
     add: fx.Node | None = None
     addend: fx.Node | None = None
     activation: tuple[Any, ...] | None = None
@@ -85,10 +107,12 @@ class Int8Lowering:
         self.new.set_codegen(self.old._codegen)
         self.floats: dict[fx.Node, fx.Node] = {}
         self.integers: dict[fx.Node, Integers] = {}
+        self.rows: dict[fx.Node, fx.Node] = {}  # a rounding of rows -> its kernel, whose result has three tensors
         self.waiting: dict[fx.Node, Callable[[], None]] = {}  # last node of a rewrite -> what emits it
         self.skipped: set[fx.Node] = set()
         self.modules: dict[str, Kernel] = {}
         self.reserved = {str(node.target) for node in self.old.nodes if node.op in ("call_module", "get_attr")}
+        self.tables: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # real, integers, scales
         self.notes: list[Note] = []
 
     # What differs between targets
@@ -141,10 +165,12 @@ class Int8Lowering:
         kind = ops.kind(node)
         if node in self.waiting:
             self.waiting[node]()
-        elif node in self.skipped or (kind in ("conv_function", "linear_function") and self._start_region(node)):
+        elif node in self.skipped or self._start_layer(node, kind):
             return
         elif kind == "fake_quantize":
             self._quantize(node)
+        elif kind == "fake_quantize_rows":
+            self._quantize_rows(node)
         elif kind in _COMPUTING and self._start_computing(node):
             return
         elif self._moves_integers(node):
@@ -193,6 +219,11 @@ class Int8Lowering:
 
     # Layers
 
+    def _start_layer(self, node: fx.Node, kind: str) -> bool:
+        if kind == "embedding_function":
+            return self._embed(node)
+        return kind in ("conv_function", "linear_function") and self._start_region(node)
+
     def _start_region(self, layer: fx.Node) -> bool:
         """Find out what the kernel of a layer computes, and wait for the last of it. False: the layer stays float."""
         region = self._region(layer)
@@ -212,22 +243,29 @@ class Int8Lowering:
     def _region(self, layer: fx.Node) -> Region | str:
         """Return the layer alone, or why it cannot be 8-bit."""
         given = ops.arguments(layer)
-        value, pair, bias = given["input"], given["weight"], given["bias"]
+        value, bias = given["input"], given["bias"]
+        mode = STATIC if value in self.integers else DYNAMIC if value in self.rows else WEIGHT_ONLY
+        if mode != STATIC and ops.kind(layer) != "linear_function":
+            return "its input is not quantised"
+        if bias is not None and bias.op != "get_attr":
+            return "its bias is computed"
+        found = self._weight(layer)
+        if isinstance(found, str):
+            return found
+        path, numbers = found
+        real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
+        return Region(layer, path, *numbers, real_bias, mode)
+
+    def _weight(self, layer: fx.Node) -> tuple[str, tuple[torch.Tensor, torch.Tensor]] | str:
+        """Return the path of a layer, its integers and their scales; or why it has none."""
+        pair = ops.arguments(layer)["weight"]
         if not isinstance(pair, fx.Node) or ops.kind(pair) not in ("fake_quantize", "fake_quantize_channel"):
             return "its weight is not quantised"
-        if value not in self.integers:
-            return "its input is not quantised"
         weight = pair.args[0]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return "its weight is computed"
-        if bias is not None and bias.op != "get_attr":
-            return "its bias is computed"
         numbers = self._quantized_weight(weight, ops.arguments(pair))
-        if isinstance(numbers, str):
-            return numbers
-        path = str(weight.target).rpartition(".")[0] or layer.name
-        real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
-        return Region(layer, path, *numbers, real_bias)
+        return numbers if isinstance(numbers, str) else (str(weight.target).rpartition(".")[0] or layer.name, numbers)
 
     def _quantized_weight(self, weight: fx.Node, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | str:
         real = edit.attribute(self.graph_module, str(weight.target)).detach()
@@ -244,7 +282,12 @@ class Int8Lowering:
             spec = QuantSpec(torch.int8, given["quant_min"], given["quant_max"], channel_axis=0 if scale.ndim else None)
         except OptionError as error:
             return str(error)
-        return quantize(real, scale, zero_point, spec), scale.float().expand(len(real)).contiguous()
+        numbers = quantize(real, scale, zero_point, spec), scale.float().expand(len(real)).contiguous()
+        for other, *known in self.tables:  # a weight of several layers
+            if other.is_set_to(real) and all(map(torch.equal, known, numbers)):
+                return known[0], known[1]
+        self.tables.append((real, *numbers))
+        return numbers
 
     def _extended(self, region: Region) -> Region:
         """Add what follows: a residual add, an activation, the quantisation of the result."""
@@ -270,7 +313,7 @@ class Int8Lowering:
             return
         output = None if region.pair is None else grid_of(region.pair)
         residual: Any = None
-        inputs = [self.integers[ops.arguments(region.layer)["input"]].node]
+        inputs = [self._layer_input(region)]
         if region.addend is not None:
             held = self.integers.get(region.addend)
             residual = "float" if output is None or held is None else held.grid.config()
@@ -280,6 +323,12 @@ class Int8Lowering:
         self._hold(region.nodes[-1], node, output)
         self._note_layer(region, module)
 
+    def _layer_input(self, region: Region) -> fx.Node:
+        value = ops.arguments(region.layer)["input"]
+        if region.mode == STATIC:
+            return self.integers[value].node
+        return self.rows[value] if region.mode == DYNAMIC else self._float(value)
+
     def _emit_apart(self, region: Region) -> None:
         """A sum with a float value that is quantised afterwards: only the layer itself is 8-bit."""
         alone = replace(region, add=None, addend=None, activation=None, activation_node=None, pair=None)
@@ -287,20 +336,20 @@ class Int8Lowering:
         for node in region.nodes[1:]:
             self._quantize(node) if node is region.pair else self._copy(node)
 
-    def _layer_module(self, region: Region, output: Grid | None, residual: Any) -> Int8Layer:
+    def _layer_module(self, region: Region, output: Grid | None, residual: Any) -> QuantizedLayer:
         given = ops.arguments(region.layer)
-        grid = self.integers[given["input"]].grid
         shared = {
             "bias": region.bias is not None,
-            "input": grid.config(),
             "output": None if output is None else output.config(),
             "activation": region.activation,
             "residual": residual,
         }
         shape = region.weight.shape
-        module: Int8Layer
+        if region.mode == STATIC:
+            shared["input"] = self.integers[given["input"]].grid.config()
+        module: QuantizedLayer
         if ops.kind(region.layer) == "linear_function":
-            module = Int8Linear(shape[1], shape[0], **shared)
+            module = _LINEAR[region.mode](shape[1], shape[0], **shared)
         else:
             spatial = len(shape) - 2
             stride, dilation = numbers_of(given["stride"], spatial), numbers_of(given["dilation"], spatial)
@@ -308,11 +357,22 @@ class Int8Lowering:
             groups = int(given["groups"])
             padding = before if before == behind else [0] * spatial
             module = Int8Conv(shape[1] * groups, shape[0], list(shape[2:]), stride, padding, dilation, groups, **shared)
-        module.weight.copy_(region.weight)
-        module.weight_scale.copy_(region.weight_scale)
+        module.weight, module.weight_scale = region.weight, region.weight_scale
         if module.bias is not None and region.bias is not None:
             module.bias.copy_(region.bias)
         return module.to(region.weight.device)
+
+    def _embed(self, layer: fx.Node) -> bool:
+        """Make an embedding of bytes. False: it stays float."""
+        found = self._weight(layer)
+        if isinstance(found, str):
+            return False
+        path, numbers = found
+        module = Int8Embedding(*numbers[0].shape)
+        module.weight, module.weight_scale = numbers
+        self.floats[layer] = self._call(path, module, [self._float(ops.arguments(layer)["input"])], layer)
+        self.notes.append(Note(path, "int8 weight"))
+        return True
 
     def _padded(self, region: Region, inputs: list[fx.Node]) -> list[fx.Node]:
         """Pad in front of a convolution that wants more on one side than on the other."""
@@ -329,30 +389,35 @@ class Int8Lowering:
         set_info(padded, layer=info(region.layer).layer)
         return [padded, *inputs[1:]]
 
-    def _note_layer(self, region: Region, module: Int8Layer) -> None:
+    def _note_layer(self, region: Region, module: QuantizedLayer) -> None:
         features = cpu_features()
-        text = "int8"
-        if not features.kernels:
+        text = _NOTES[region.mode]
+        if region.mode == WEIGHT_ONLY:
+            pass  # float arithmetic in any case
+        elif not features.kernels:
             text = "int8 numbers in float arithmetic: this machine has no int8 kernels"
         elif not features.vnni and int(module.weight.abs().max()) > REDUCED_WEIGHT_LIMIT:
             text = f"int8 numbers in float arithmetic: without VNNI, weights beyond {REDUCED_WEIGHT_LIMIT} saturate"
         self.notes.append(Note(region.path, text))
         for node in (region.add, region.activation_node):
             if node is not None:
-                self.notes.append(Note(node.name, f"int8: computed by {region.path}"))
+                text = "float" if region.mode == WEIGHT_ONLY else "int8"
+                self.notes.append(Note(node.name, f"{text}: computed by {region.path}"))
 
     # Sums, products, pooling
 
     def _start_computing(self, node: fx.Node) -> bool:
         """Find out whether a node computes on integers, and wait for the quantisation of its result."""
         last, relu = only_reader(node), None
-        if last is not None and ops.kind(node) == "add" and ops.kind(last) == "relu":
+        if last is not None and ops.kind(node) in ("add", "batch_norm") and ops.kind(last) == "relu":
             relu, last = last, only_reader(last)
         values = [value for value in node.all_input_nodes if value in self.integers]
         enough = len(values) >= 1 if ops.kind(node) == "mul" else len(values) == len(node.all_input_nodes)
         if last is None or not is_pair(last) or not enough:
             return False
         pair = last
+        if ops.kind(node) == "batch_norm" and cast("_BatchNorm", ops.submodule(node)).training:
+            return False
         if ops.kind(node) in ("add", "mul") and not all(
             isinstance(ops.arguments(node)[side], fx.Node) for side in ("input", "other")
         ):
@@ -370,6 +435,14 @@ class Int8Lowering:
             grids = [self.integers[value].grid.config() if value in self.integers else None for value in operands]
             module = self.binary(ops.kind(node), grids, output, relu is not None)
             inputs = [self.integers[one].node if one in self.integers else self._float(one) for one in operands]
+        elif ops.kind(node) == "batch_norm":
+            held = self.integers[given["input"]]
+            scale, shift = (part.detach() for part in scale_and_shift(cast("_BatchNorm", ops.submodule(node))))
+            module = Int8Affine(len(scale), held.grid.config(), output.config(), relu is not None)
+            module.scale.copy_(scale)
+            module.shift.copy_(shift)
+            module.to(scale.device)
+            inputs = [held.node]
         else:
             held = self.integers[given["input"]]
             dimensions = _SPATIAL.get(node.target, 0)
@@ -401,6 +474,17 @@ class Int8Lowering:
             return  # a weight: the layers that use it quantise it themselves
         node = self._call(f"{value.name}_quantize", self.quantize(grid), [self._float(value)], value)
         self.integers[pair] = Integers(node, grid)
+
+    def _quantize_rows(self, pair: fx.Node) -> None:
+        """Rows in both forms: integers, and real numbers for others than linear layers. What is not read goes later."""
+        (value,) = pair.all_input_nodes
+        given = ops.arguments(pair)
+        self._copy(pair)
+        try:
+            module = QuantizeRows(given["quant_min"], given["quant_max"])
+        except OptionError:  # signed numbers, which no pass of ours makes
+            return
+        self.rows[pair] = self._call(f"{value.name}_rows", module, [self._float(value)], value)
 
     def _moves_integers(self, node: fx.Node) -> bool:
         if ops.kind(node) not in _MOVERS or not isinstance(info(node).value, (TensorInfo, tuple, list)):
@@ -473,7 +557,7 @@ class Int8Lowering:
         order = {node: index for index, node in enumerate(self.new.nodes)}
         for node in self.new.nodes:
             module = self._module(node)
-            if isinstance(module, Int8Layer) and len(node.args) == 2:
+            if isinstance(module, QuantizedLayer) and len(node.args) == 2:
                 residual = node.args[1]
                 assert isinstance(residual, fx.Node)  # for the type checker
                 readers = [reader for reader in residual.users if reader is not node]
@@ -511,7 +595,17 @@ class Int8Lowering:
 
 
 #: Modules whose result never shares memory with their input.
-_OWNERS = (Quantize, Dequantize, Int8Layer, Int8Add, Int8Mul, Int8AvgPool, Int8MaxPool)
+_OWNERS = (Quantize, QuantizeRows, Dequantize, QuantizedLayer, Int8Add, Int8Mul, Int8Affine, Int8AvgPool, Int8MaxPool)
+
+#: Linear layers by how they get their input, and what the ledger says of them.
+_LINEAR: dict[str, Callable[..., QuantizedLayer]] = {
+    STATIC: Int8Linear, DYNAMIC: Int8DynamicLinear, WEIGHT_ONLY: Int8WeightOnlyLinear,
+}  # fmt: skip
+_NOTES = {
+    STATIC: "int8",
+    DYNAMIC: "int8: rows are measured at every call",
+    WEIGHT_ONLY: "int8 weight, float arithmetic",
+}
 
 #: Number of spatial dimensions of pooling functions.
 _SPATIAL: dict[Any, int] = {
@@ -520,7 +614,7 @@ _SPATIAL: dict[Any, int] = {
     for dimensions in (1, 2, 3)
 }
 
-_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean"})
+_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
 
 #: What becomes of operators that move numbers only.
 _MOVERS: dict[str, Callable[[Int8Lowering, fx.Node], None]] = {

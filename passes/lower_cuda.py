@@ -25,9 +25,17 @@ from fxcompress.emit.cuda.pointwise import (
 )
 from fxcompress.graph import edit, ops
 from fxcompress.graph.metadata import TensorInfo, info, set_info, tensors
-from fxcompress.passes.lower_cpu_int8 import Int8Lowering, Region, grid_of, is_pair, numbers_of, only_reader, padding_of
+from fxcompress.passes.lower_cpu_int8 import (
+    Int8Lowering,
+    Region,
+    grid_of,
+    is_pair,
+    numbers_of,
+    only_reader,
+    padding_of,
+)
 from fxcompress.pipeline.base import Note, PassResult
-from fxcompress.quant.spec import Grid
+from fxcompress.quant.spec import STATIC, Grid
 
 #: What layers may be computed with, for each `dtype` of `fxcompress.compile`: real numbers, and others that may win.
 DTYPES = {"fp16": ("fp16", ()), "bf16": ("bf16", ()), "int8": ("fp16", ("int8",)), "fp8": ("fp16", ("fp8",))}
@@ -136,12 +144,25 @@ class _CudaLowering(Int8Lowering):
             self._enter(node)
         elif node.op == "output":
             self._leave(node)
+        elif kind == "fake_quantize_channel" and node.all_input_nodes[0].op == "get_attr":
+            return  # a weight: its readers take its numbers
         elif (kind in ("conv", "linear") and self._start_real(node)) or (
             kind == "layer_norm" and self._start_norm(node)
         ):
             return
         else:
             super()._visit(node)
+
+    def _start_layer(self, node: fx.Node, kind: str) -> bool:
+        return kind != "embedding_function" and super()._start_layer(node, kind)
+
+    def _start_computing(self, node: fx.Node) -> bool:
+        return ops.kind(node) != "batch_norm" and super()._start_computing(node)
+
+    def _quantize_rows(self, node: fx.Node) -> None:
+        """Rows that would be rounded as they come stay real: there is no kernel for them."""
+        self.floats[node] = self._float(node.all_input_nodes[0])
+        self.notes.append(Note(node.name, f"{self.real}: no kernel for rows that are quantised as they come"))
 
     def _moves_integers(self, node: fx.Node) -> bool:
         return ops.kind(node) != "interpolate" and super()._moves_integers(node)  # there is no such kernel for int8
@@ -165,7 +186,20 @@ class _CudaLowering(Int8Lowering):
         if old not in self.floats and old in self.raw:
             held = self.raw[old]
             self.floats[old] = self._call(f"{held.name}_enter", CudaEnter(None, self.real), [held], old)
+        elif old not in self.floats and old not in self.integers and is_quantizer(old):
+            self.floats[old] = self._rounded_weight(old)
         return super()._float(old)
+
+    def _rounded_weight(self, pair: fx.Node) -> fx.Node:
+        """A quantised weight whose reader has no kernel, as the real numbers that it stands for."""
+        source = pair.all_input_nodes[0]
+        numbers = self._quantized_weight(source, ops.arguments(pair))
+        if isinstance(numbers, str):
+            return self._float(source)
+        path = edit.unique_path(self.graph_module, f"{source.target}_rounded".replace(".", "_"))
+        real = numbers[0].float() * numbers[1].view(-1, *[1] * (numbers[0].ndim - 1))
+        self.graph_module.register_buffer(path, real)
+        return self.new.get_attr(path)
 
     def _any(self, old: fx.Node) -> fx.Node:
         return self.raw[old] if old in self.raw else super()._any(old)
@@ -243,6 +277,8 @@ class _CudaLowering(Int8Lowering):
     def _start_region(self, layer: fx.Node) -> bool:
         """A layer with a quantised weight: in 8 bits if its input is quantised as well, else with those numbers."""
         found = self._region(layer)
+        if isinstance(found, Region) and found.mode != STATIC:
+            found = "its input is not quantised"
         region = self._real_region(layer) if isinstance(found, str) else found
         if region is None:
             self.notes.append(Note(info(layer).layer or layer.name, f"{self.real}, by PyTorch: {found}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -61,7 +62,35 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class ChannelOptions(Pass):
-    """The options that `MaskChannels` and `PruneChannels` share; they are described there."""
+    """The options that `MaskChannels` and `PruneChannels` share. The docstrings of both end with this list.
+
+    Args:
+        ratio: share of the channels to take, 0 <= ratio < 1; of every layer, or of all layers together.
+        budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)`, `fxc.Bytes(0.5)` or text such as "macs:0.5",
+            met within 3 %; or `fxc.Latency(0.5)`, `fxc.Latency(ms=5.0, batch=1)`, "latency:5ms": candidates are pruned
+            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is. Layers
+            that are slower at their new size get channels back. A budget is that of the whole model, also where parts
+            of it stay Python.
+        importance: "l1", "l2", "lamp", "fpgm", "bn_scale", "random"; "taylor", "hessian" or "activation", which need
+            data; or a function(weight, dimension) -> scores of shape (weight.shape[dimension],), at least 0. What they
+            are, and the papers: `fxcompress.analysis.importance`.
+        scope: "global" (all layers of the whole model ranked together) or "layer" (the same share of every layer).
+        round_to: every layer keeps a multiple of this many channels.
+        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
+            "both" (a little of each).
+        ignore: layers whose channels stay: dotted paths or patterns ("features.0", "head.*"), modules of the model
+            (`model.head`) or types (`nn.Linear`).
+        seed: for random importance.
+        ratios: shares for single layers, {"features.0": 0.3, "head.*": 0.0}, instead of `ratio`; with the global scope
+            the most that a layer loses. Of several patterns that match, the last counts. Without a ratio or budget
+            all other layers stay as they are.
+        aggregate: how the scores of all indices of a group become one: "mean", "sum" or "max".
+        loss: for "taylor" and "hessian": "cross_entropy", "mse", ..., see `Train`; or give `loss_function`.
+        batches: how many batches of the data to take at most; None takes all.
+        data: batches of (input, target) for "taylor" and "hessian", batches of inputs for "activation"; or
+            `fxc.compile(train_data=...)` and `fxc.compile(calibration=...)`.
+        loss_function: loss(output, target) -> scalar tensor, the mean over the samples.
+    """
 
     ratio: float | None = None
     budget: Budget | Latency | str | None = None
@@ -79,6 +108,10 @@ class ChannelOptions(Pass):
     loss_function: Callable[[Any, Any], torch.Tensor] | None = data_field()
 
     contract: ClassVar[Contract] = Contract.APPROXIMATE
+
+    def __init_subclass__(cls) -> None:
+        _, heading, options = inspect.cleandoc(ChannelOptions.__doc__ or "").partition("Args:")
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{heading}{options}"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -121,33 +154,6 @@ class MaskChannels(ChannelOptions):
        where the channels are made and where they are read, so that removing them afterwards changes nothing.
     3. Outputs of the model, and channels that an operator fixes, stay; the ledger says why. So do channels that
        `RemoveChannels` would have to keep although they are masked.
-
-    Args:
-        ratio: share of the channels to mask, 0 <= ratio < 1; of every layer, or of all layers together.
-        budget: instead of a ratio, `fxc.Parameters(0.5)`, `fxc.MACs(0.5)`, `fxc.Bytes(0.5)` or text such as "macs:0.5",
-            met within 3 %; or `fxc.Latency(0.5)`, `fxc.Latency(ms=5.0, batch=1)`, "latency:5ms": candidates are pruned
-            and timed on this machine, within 10 %, and none is taken that is slower than the model as it is. Layers
-            that are slower at their new size get channels back. A budget is that of the whole model, also where parts
-            of it stay Python.
-        importance: "l1", "l2", "lamp", "fpgm", "bn_scale", "random"; "taylor", "hessian" or "activation", which need
-            data; or a function(weight, dimension) -> scores of shape (weight.shape[dimension],), at least 0. What they
-            are, and the papers: `fxcompress.analysis.importance`.
-        scope: "global" (all layers of the whole model ranked together) or "layer" (the same share of every layer).
-        round_to: every layer keeps a multiple of this many channels.
-        heads: what goes from attention heads: "positions" (every head becomes narrower), "whole" (fewer heads) or
-            "both" (a little of each).
-        ignore: layers whose channels stay: dotted paths or patterns ("features.0", "head.*"), modules of the model
-            (`model.head`) or types (`nn.Linear`).
-        seed: for random importance.
-        ratios: shares for single layers, {"features.0": 0.3, "head.*": 0.0}, instead of `ratio`; with the global scope
-            the most that a layer loses. Of several patterns that match, the last counts. Without a ratio or budget
-            all other layers stay as they are.
-        aggregate: how the scores of all indices of a group become one: "mean", "sum" or "max".
-        loss: for "taylor" and "hessian": "cross_entropy", "mse", ..., see `Train`; or give `loss_function`.
-        batches: how many batches of the data to take at most; None takes all.
-        data: batches of (input, target) for "taylor" and "hessian", batches of inputs for "activation"; or
-            `fxc.compile(train_data=...)` and `fxc.compile(calibration=...)`.
-        loss_function: loss(output, target) -> scalar tensor, the mean over the samples.
     """
 
     name: ClassVar[str] = "mask-channels"

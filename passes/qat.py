@@ -31,8 +31,8 @@ class QAT(ObserverOptions):
         calibration: inputs for the first grids, see `Calibrate`; None takes those of the first pass that trains, or
             what was given to `fxcompress.compile(calibration=...)` or `train_data=...`.
         batches: how many batches of these to take at most.
-        activation, weight, reduced_range, ignore, weight_bits, activation_bits, learn_steps, freeze_norms,
-            freeze_observers, qconfig: see `InsertObservers`.
+        activation, weight, reduced_range, ignore, weight_bits, activation_bits, mode, dynamic, weight_only,
+            learn_steps, freeze_norms, freeze_observers, qconfig: see `InsertObservers`.
     """
 
     train: Any = (Train(),)

@@ -25,8 +25,8 @@ class Quantize(ObserverOptions):
     Args:
         calibration: inputs to measure the values on, see `Calibrate`; None takes what was given to
             `fxcompress.compile(calibration=...)`.
-        activation, weight, reduced_range, ignore, weight_bits, activation_bits, correct_bias, qconfig: see
-            `InsertObservers`.
+        activation, weight, reduced_range, ignore, weight_bits, activation_bits, mode, dynamic, weight_only,
+            correct_bias, qconfig: see `InsertObservers`. Modes "dynamic" and "weight-only" need no calibration.
         batches: how many batches of the calibration data to take at most.
     """
 

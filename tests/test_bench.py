@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress import bench
-from fxcompress.errors import OptionError
+from fxcompress import bench, bench_layers, bench_views, peers
+from fxcompress.bench_layers import time_layers
+from fxcompress.bench_views import layer_table
+from fxcompress.emit.native.library import library
+from fxcompress.errors import MissingExtraError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
+from fxcompress.graph.metadata import info
 
 pytestmark = pytest.mark.xdist_group("bench")  # the fixtures of this file are made once
 
@@ -105,3 +112,93 @@ def test_results_carry_command_machine_and_versions(tmp_path: Path, timings: lis
     assert written["machine"]["processor"]
     assert str(tmp_path) not in written["command"]
     assert written["results"][0]["timings"][0]["rounds"] == timings[0].rounds
+
+
+# Other engines
+
+
+def timing(engine: str, *rounds: float, batch: int = 1, error: str | None = None) -> bench.Timing:
+    return bench.Timing(engine, batch, list(rounds), sorted(rounds)[len(rounds) // 2], error=error)
+
+
+def test_the_best_other_engine_is_found_round_by_round() -> None:
+    timings = [
+        timing("float", 9.0, 9.0, 9.0), timing("a", 1.0, 4.0, 2.0), timing("b", 2.0, 2.0, 8.0),
+        timing("broken", 0.1, error="it broke"), timing("ours", 2.0, 1.0, 1.0), timing("ours", 1.0, batch=16),
+    ]  # fmt: skip
+    assert peers.against_best(timings, "ours", ["a", "b", "broken"]) == {1: 0.5}  # of 2 / 1, 1 / 2 and 1 / 2
+    assert peers.against_best(timings, "ours", []) == {}
+
+
+def test_engines_are_named_and_need_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [peer.title for peer in peers.find_peers(["torch-ao", "torch-ao"])] == ["torch.ao int8"]
+    with pytest.raises(OptionError, match="no engine 'openvin' to compare with; did you mean 'openvino'"):
+        peers.find_peers(["openvin"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"OpenVINO int8 needs .*fxcompress\[bench\]"):
+        peers.find_peers(["openvino"])
+    assert peers.find_peers(["all"]) == [peers.PEERS["torch-ao"]]
+
+
+def test_a_table_and_a_plot_show_every_engine(timings: list[bench.Timing], tmp_path: Path) -> None:
+    console = Console(width=140, file=io.StringIO())
+    console.print(bench_views.timing_table(timings, "small"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in text for word in ("noisy", "20.0", "failed: ValueError"))
+    bench_views.plot(timings, tmp_path / "new" / "plot.png", "small")
+    assert (tmp_path / "new" / "plot.png").stat().st_size > 1000
+    with pytest.raises(OptionError, match="nothing to plot"):
+        bench_views.plot(timings[2:4], tmp_path / "empty.png", "small")
+    with pytest.raises(OptionError, match="cannot write the plot"):
+        bench_views.plot(timings, tmp_path / "plot.nothing", "small")
+
+
+# Layers
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.deep = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.deep(self.first(x).relu())
+        return self.last(x.mean((2, 3))).softmax(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("executor", ["auto", "graph"])
+def test_layers_are_measured_and_have_their_floor(executor: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    compact = fxc.compile(Small().eval(), "int8", x[:1], calibration=[x], executor=executor)
+    before = compact(x)
+    times = time_layers(compact, ExampleInputs.of(x), threads=1, rounds=2, peak=1e9)
+    assert times.by_kernels == (executor == "auto" and library() is not None)
+    assert (times.batch, times.peak) == (2, 1e9)
+    found = {layer.layer: layer.macs for layer in times.layers if layer.macs}
+    assert found == {"first": 2 * 36 * 8 * 27, "deep": 2 * 16 * 8 * 9, "last": 2 * 8 * 5}
+    assert all(layer.seconds > 0 and layer.floor == layer.macs / 1e9 for layer in times.layers)
+    assert times.call > 0
+    assert times.seconds == sum(layer.seconds for layer in times.layers)
+    assert json.loads(json.dumps(times.to_dict()))["layers"][0]["kind"] == "Quantize"
+    assert torch.equal(compact(x), before)
+    assert info(next(iter(compact.graph.nodes))).value.shape[0] == 1  # what the module knows of its example stays
+    console = Console(width=140, file=io.StringIO())
+    console.print(layer_table(times, "small"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in text for word in ("first", "Int8Linear", "a whole call", "peak 1 GMAC/s"))
+
+
+def test_float_graphs_and_keywords_are_measured_too() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    compact = fxc.compile(Small().eval(), "fuse", {"x": x})
+    times = time_layers(compact, ExampleInputs((), {"x": x}), rounds=1, peak=1e9)
+    assert not times.by_kernels
+    assert {layer.layer for layer in times.layers} >= {"first", "deep", "last"}
+
+
+def test_the_peak_is_that_of_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_layers, "_LARGE", ((64, 64, 64),))
+    with torch.inference_mode():
+        assert 1e6 < bench_layers.int8_peak(seconds=0.01) < 1e15

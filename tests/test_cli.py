@@ -44,6 +44,10 @@ def data():
 def labelled():
     return [(torch.randn(4, 1, 8, 8), torch.randint(4, (4,)))]
 
+batches = [torch.randn(4, 1, 8, 8) for _ in range(2)]
+ready = Net()
+ready_with_inputs = Net(), torch.randn(2, 1, 8, 8)
+
 def nothing():
     return "text"
 
@@ -166,6 +170,38 @@ def test_an_artefact_can_be_inspected_and_timed(run: Run, folder: Path) -> None:
     assert all(timing["error"] is None and timing["median"] > 0 for timing in timings)
 
 
+def test_engines_and_layers_are_compared(run: Run, folder: Path) -> None:
+    code, output, _ = run(
+        "bench",
+        "zoo.py:with_inputs",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+        "--peers",
+        "torch-ao",
+        "--layers",
+        "--plot",
+        "b.png",
+        "--json",
+        "b.json",
+    )
+    assert code == 0
+    assert "torch.ao int8" in output
+    assert re.search(r"batch 2: fxcompress \(int8\) takes \d+\.\d\d of the time of the best other", output)
+    assert "of the peak" in output
+    written = json.loads((folder / "b.json").read_text())["results"][0]
+    assert [timing["engine"] for timing in written["timings"]] == ["float", "torch.ao int8", "fxcompress (int8)"]
+    assert all(timing["sqnr_db"] > 20 for timing in written["timings"][1:])
+    assert written["against_best_peer"]["2"] > 0
+    assert {"conv", "fc"} <= {layer["layer"] for layer in written["layers"][0]["layers"]}
+    assert (folder / "b.png").stat().st_size > 1000
+
+
 def test_passes_lists_every_pass_with_its_options(run: Run) -> None:
     code, output, _ = run("passes")
     assert code == 0
@@ -174,6 +210,14 @@ def test_passes_lists_every_pass_with_its_options(run: Run) -> None:
     assert "    ratio: float | None = None" in output
     assert "    calibration: data, given in Python" in output
     assert "small-int8: " in output
+
+
+@pytest.mark.parametrize("data", ["zoo.py:batches", "zoo.py:data"])
+@pytest.mark.parametrize("model", [("zoo.py:ready_with_inputs",), ("zoo.py:ready", "--input-shape", "2,1,8,8")])
+def test_values_of_a_file_do_as_functions_do(run: Run, folder: Path, model: tuple[str, ...], data: str) -> None:
+    code, _, errors = run("compress", *model, "--passes", "int8", "--out", "m.fxc", "--calibration", data)
+    assert (code, errors) == (0, "")
+    assert (folder / "m.fxc").is_file()
 
 
 MISTAKES = {
@@ -196,7 +240,7 @@ MISTAKES = {
         ("compress", "zoo.py:with_inputs", "--passes", "qat", "--out", "m.fxc"), "give --train-data",
     ),
     "no such file": (("inspect", "no.py:net"), "there is no file"),
-    "no such function": (("inspect", "zoo.py:nett"), "zoo.py has no function 'nett'; did you mean 'net'"),
+    "no such function": (("inspect", "zoo.py:nett"), "zoo.py has no function or value 'nett'; did you mean 'net'"),
     "no module": (("inspect", "zoo.py:nothing"), "returned a str"),
     "raises": (("inspect", "zoo.py:broken"), "raised RuntimeError: no weights here"),
     "no shape": (("inspect", "zoo.py:net"), "give --input-shape"),
@@ -205,6 +249,7 @@ MISTAKES = {
     "untraceable": (("inspect", "zoo.py:branching"), r"cannot be traced: control flow at .*zoo\.py:\d+"),
     "no artefact": (("bench", "no.fxc"), "cannot load 'no.fxc'"),
     "bad batch": (("bench", "resnet18", "--batch", "1,x"), "such as 1,16"),
+    "unknown engine": (("bench", "resnet18", "--peers", "onnx"), "no engine 'onnx' to compare with; did you mean"),
     "bad report": (("compress", "zoo.py:with_inputs", "--out", "m", "--report", "r.pdf"), r"\.txt, \.json or \.html"),
     "bad weights": (("inspect", "resnet18", "--weights", "zoo.py"), "holds no weights for this model"),
     "unwritable": (

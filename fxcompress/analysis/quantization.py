@@ -1,9 +1,13 @@
 """Where numbers become 8-bit: which layers, which values between them, and which values share one grid.
 
-A value is quantised where an 8-bit layer reads it. Operators that only move numbers (cat, reshape, max pooling, ...)
+A value is quantised where an 8-bit layer on a fixed grid reads it; layers whose input is measured at every call, or
+stays float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...)
 tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
-products with a gate, average pooling) are quantised as well if their inputs are 8-bit anyway. Everything else stays
-float, with a reason.
+products with a gate, average pooling, batch norms that no layer could take in) are quantised as well if their inputs
+are 8-bit anyway. Everything else stays float, with a reason.
+
+A grid that several values share is a compromise. So values are joined on one only if a kernel reads what they are
+joined to, and outputs of the model read them as they were before.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import fx, nn
 
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import TensorInfo, info, is_tensor, tensors
+from fxcompress.quant.spec import STATIC, WEIGHT_ONLY
 
 #: Kinds whose result holds numbers of its input, and no others.
 _MOVERS = frozenset(
@@ -29,12 +34,16 @@ _MOVERS = frozenset(
 )  # fmt: skip
 
 #: Kinds that compute, and that 8-bit kernels exist for besides the layers.
-_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean"})
+_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
+
+#: Those whose kernels compute a relu behind them, too.
+_WITH_RELU = frozenset({"add", "batch_norm"})
 
 #: Kinds that compute no tensor worth a line in the ledger.
 _SILENT = frozenset({"placeholder", "output", "get_attr", "size", "ndim", "numel", "getattr", "item", "opaque_number"})
 
 Accepts = Callable[[str, nn.Module], str | None]
+ModeOf = Callable[[str, nn.Module], str]
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,13 @@ class Anchor:
 
     node: name of its node. path: of its module.
     epilogues: names of the nodes that its kernel computes as well, in order.
+    mode: how it gets its input, one of `quant.spec.MODES`.
     """
 
     node: str
     path: str
     epilogues: tuple[str, ...] = ()
+    mode: str = STATIC
 
     @property
     def end(self) -> str:
@@ -60,11 +71,13 @@ class GridGroup:
     """Values that share one scale and zero point, and so one observer.
 
     values: names of the nodes that produce them, in order. layer: path of the 8-bit layer whose choice of observer
-    they follow: the one that produces the first of them, or else one that reads them.
+    they follow: the one that produces the first of them, or else one that reads them. outside: names of the nodes that
+    read the values as they are, before they are brought onto the grid.
     """
 
     values: tuple[str, ...]
     layer: str
+    outside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -77,7 +90,8 @@ class QuantizationPlan:
     """What becomes 8-bit.
 
     anchors: the 8-bit layers. groups: the values to observe. computing: names of other nodes computed in 8 bits, and of
-    the relu behind a sum if there is one. reasons: why a layer or node stays float, by layer path or node name.
+    the relu behind a sum or batch norm if there is one. reasons: why a layer or node stays float, by layer path or
+    node name.
     """
 
     anchors: tuple[Anchor, ...]
@@ -86,30 +100,42 @@ class QuantizationPlan:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"int8 {anchor.path}" + "".join(f" + {name}" for name in anchor.epilogues) for anchor in self.anchors]
+        lines = [
+            " + ".join((f"int8 {anchor.path}", *anchor.epilogues)) + _suffix(anchor.mode) for anchor in self.anchors
+        ]
         lines += [f"int8 {name}" for name in self.computing]
         lines += [f"grid {', '.join(group.values)}" for group in self.groups]
         lines += [f"float {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
 
-def plan_quantization(graph_module: fx.GraphModule, accepts: Accepts) -> QuantizationPlan:
+def _suffix(mode: str) -> str:
+    return "" if mode == STATIC else f" ({mode})"
+
+
+def plan_quantization(
+    graph_module: fx.GraphModule, accepts: Accepts, mode_of: ModeOf = lambda path, module: STATIC
+) -> QuantizationPlan:
     """Decide what becomes 8-bit in a canonical float graph whose shapes are known.
 
     Args:
         graph_module: the graph; marks of `FuseActivation` are respected.
-        accepts: called with path and module of each convolution and linear layer; returns why it shall stay float, or
-            None.
+        accepts: called with path and module of each convolution, linear layer and embedding; returns why it shall stay
+            float, or None.
+        mode_of: called likewise; returns one of `quant.spec.MODES`. Convolutions are 8-bit in the first one only,
+            embeddings in the last one.
     """
-    return _Planner(graph_module, accepts).plan()
+    return _Planner(graph_module, accepts, mode_of).plan()
 
 
 class _Planner:
     """The facts gathered about one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, accepts: Accepts) -> None:
+    def __init__(self, graph_module: fx.GraphModule, accepts: Accepts, mode_of: ModeOf) -> None:
         self.graph = graph_module.graph
         self.accepts = accepts
+        self.mode_of = mode_of
+        self.modes: dict[str, str] = {}  # path of a layer -> its mode
         self.reasons: dict[str, str] = {}
         self.regions: dict[fx.Node, tuple[fx.Node, ...]] = {}  # end of a region -> the layer and its epilogues
         self.leader: dict[fx.Node, fx.Node] = {}  # union-find over nodes of one grid
@@ -123,7 +149,7 @@ class _Planner:
         groups = tuple(self._groups(demanded))
         self._give_reasons(demanded, chosen)
         anchors = [
-            Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]))
+            Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]), self._mode(nodes[0]))
             for nodes in self.regions.values()
         ]
         order = {node.name: index for index, node in enumerate(self.graph.nodes)}
@@ -141,23 +167,58 @@ class _Planner:
                 marked[mark].append(node)
         for node in self.graph.nodes:
             kind = ops.kind(node)
-            if kind in ("conv", "linear"):
-                reason = _unfit(node) or self.accepts(str(node.target), _module(node))
+            if kind in ("conv", "linear") or (kind == "embedding" and self._mode(node) == WEIGHT_ONLY):
+                reason = _unfit(node) or self.accepts(str(node.target), _module(node)) or self._unmeasured(node, kind)
                 if reason is None:
                     chain = _chain(node, marked[node.name])
                     self.regions[chain[-1]] = chain
                 else:
                     self.reasons.setdefault(str(node.target), reason)
 
+    def _mode(self, node: fx.Node) -> str:
+        path = str(node.target)
+        if path not in self.modes:
+            self.modes[path] = self.mode_of(path, _module(node))
+        return self.modes[path]
+
+    def _unmeasured(self, node: fx.Node, kind: str) -> str | None:
+        """Why a layer stays float where values have no fixed grids."""
+        if self._mode(node) == STATIC:
+            return None
+        if not _module(node).weight.numel():
+            return "its weight is empty"
+        if kind != "conv":
+            return None
+        return f"a convolution needs values on fixed grids, which mode='{self._mode(node)}' does not measure"
+
     # Values on one grid
 
     def _tie_movers(self) -> None:
         for node in self.graph.nodes:
             self.leader[node], self.members[node] = node, [node]
+        read = self._read_by_kernels()
         for node in self.graph.nodes:
-            if moves(node):
-                for source in data_inputs(node):
+            sources = data_inputs(node) if moves(node) else []
+            if len(sources) == 1 or node in read:
+                for source in sources:
                     self._tie(source, node)
+
+    def _read_by_kernels(self) -> set[fx.Node]:
+        """Nodes whose numbers an 8-bit kernel may read, behind operators that move them."""
+        inside = {node for nodes in self.regions.values() for node in nodes}
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if any(user in inside or _computes(user) or (moves(user) and user in found) for user in node.users):
+                found.add(node)
+        return found
+
+    def _only_outputs(self) -> set[fx.Node]:
+        """The model's output, and nodes that move numbers to it and nowhere else."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or (moves(node) and all(user in found for user in node.users)):
+                found.add(node)
+        return found
 
     def _tie(self, left: fx.Node, right: fx.Node) -> None:
         keep, lose = self.leader[left], self.leader[right]
@@ -186,14 +247,19 @@ class _Planner:
 
     def _available(self, value: fx.Node, computable: set[fx.Node]) -> bool:
         """Whether 8-bit kernels produce a value."""
-        starts = {_start_of_sum(node) for node in self._sources(self.leader[value])}
-        return all(node in self.regions or node in computable for node in starts)
+        starts = {_before_relu(node) for node in self._sources(self.leader[value])}
+        return all(self._stores_bytes(node) or node in computable for node in starts)
+
+    def _stores_bytes(self, node: fx.Node) -> bool:
+        """Whether an 8-bit layer ends here that multiplies integers."""
+        return node in self.regions and self._mode(self.regions[node][0]) != WEIGHT_ONLY
 
     def _demanded(self, computable: set[fx.Node]) -> tuple[dict[fx.Node, str], set[fx.Node]]:
         """Return the grids that 8-bit kernels read, each with a layer that follows, and the computing nodes."""
         demanded: dict[fx.Node, str] = {}
         chosen: set[fx.Node] = set()
-        waiting = [(data_inputs(nodes[0])[0], str(nodes[0].target)) for nodes in self.regions.values()]
+        static = [nodes[0] for nodes in self.regions.values() if self._mode(nodes[0]) == STATIC]
+        waiting = [(data_inputs(layer)[0], str(layer.target)) for layer in static]
         while waiting:
             value, layer = waiting.pop()
             leader = self.leader[value]
@@ -201,7 +267,7 @@ class _Planner:
                 continue
             demanded[leader] = layer
             for source in self._sources(leader):
-                start = _start_of_sum(source)
+                start = _before_relu(source)
                 if source in self.regions:
                     addends = self._addends(self.regions[source])
                     waiting += [(one, layer) for one in addends if self._available(one, computable)]
@@ -222,13 +288,17 @@ class _Planner:
 
     def _groups(self, demanded: dict[fx.Node, str]) -> Iterator[GridGroup]:
         order = {node: index for index, node in enumerate(self.graph.nodes)}
+        outputs = self._only_outputs()
         found = []
         for leader, layer in demanded.items():
             sources = sorted(self._sources(leader), key=order.__getitem__)
-            producers = [str(self.regions[source][0].target) for source in sources if source in self.regions]
+            layers = [self.regions[source][0] for source in sources if source in self.regions]
+            producers = [str(node.target) for node in layers if self._mode(node) == STATIC]
             found.append((order[sources[0]], sources, producers[0] if producers else layer))
         for _, sources, layer in sorted(found, key=lambda item: item[0]):
-            yield GridGroup(tuple(source.name for source in sources), layer)
+            outside = {reader for source in sources for reader in source.users} & outputs if len(sources) > 1 else set()
+            outside_names = tuple(node.name for node in sorted(outside, key=order.__getitem__))
+            yield GridGroup(tuple(source.name for source in sources), layer, outside_names)
 
     # The ledger
 
@@ -250,11 +320,14 @@ def _reason(node: fx.Node, kind: str, demanded: bool) -> str:
 
 
 def _unfit(node: fx.Node) -> str | None:
-    """Why a convolution or linear layer cannot be 8-bit, whatever the user wants."""
+    """Why a layer cannot be 8-bit, whatever the user wants."""
     module = _module(node)
     values = data_inputs(node)
     weight = module.weight
-    if len(values) != 1 or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+    embeds = ops.kind(node) == "embedding"
+    if embeds and module.max_norm is not None:
+        return "max_norm changes its weight as it is read"
+    if len(values) != (0 if embeds else 1) or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
         return "its numbers are not float32"
     if ops.kind(node) == "conv":
         if module.padding_mode != "zeros":
@@ -317,6 +390,8 @@ def _computes(node: fx.Node) -> bool:
     given = ops.arguments(node)
     if kind == "mean":
         return given["dtype"] is None and given["dim"] is not None
+    if kind == "batch_norm":
+        return _module(node).running_mean is not None
     if kind in ("add", "mul"):
         values = [given["input"], given["other"]]
         return "alpha" not in given and all(isinstance(value, fx.Node) and _float_values(value) for value in values)
@@ -332,10 +407,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [value for value in values if info(value).value.shape == shape] or values
 
 
-def _start_of_sum(node: fx.Node) -> fx.Node:
-    """The sum in front of a relu that nothing else reads: the kernel of the sum computes both. Else the node itself."""
+def _before_relu(node: fx.Node) -> fx.Node:
+    """What stands in front of a relu and nothing else reads, if its kernel computes both. Else the node itself."""
     if ops.kind(node) == "relu" and info(node).epilogue_of is None:
         (source,) = node.all_input_nodes
-        if ops.kind(source) == "add" and len(source.users) == 1 and info(source).epilogue_of is None:
+        if ops.kind(source) in _WITH_RELU and len(source.users) == 1 and info(source).epilogue_of is None:
             return source
     return node

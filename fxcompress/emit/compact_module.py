@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch._compile import _disable_dynamo
 
-from fxcompress.emit.cpu_int8 import Int8Layer
+from fxcompress.emit.cpu_numbers import Kernel, has_kernels
 from fxcompress.emit.cuda.graphs import Replays
-from fxcompress.emit.cuda.layers import CudaLayer
-from fxcompress.emit.native.executor import Cache
+from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
+from fxcompress.emit.input_errors import FAILURES, explain
+from fxcompress.emit.native.executor import Cache, Unplannable
 from fxcompress.errors import OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import NodeInfo, info, set_info
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("auto", "graph")
 
 
-class CompactModule(fx.GraphModule):
+class CompactModule(NumbersInState, fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
     A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; one
@@ -54,6 +57,27 @@ class CompactModule(fx.GraphModule):
         super().__init__(root, graph, class_name)
         self.report = report
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            InputError: the graph is a lowered one, and failed on inputs unlike those that it was compiled with.
+        """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and has_kernels(self):
+            return self._call_uncompiled(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except FAILURES as error:
+            reason = explain(self, args, kwargs, error)
+            if reason is None:
+                raise
+            raise reason from error
+
+    @_disable_dynamo  # torch.compiler.disable would load the compiler for everybody
+    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Run 8-bit kernels as they are: torch.compile has nothing to add to them, and cannot follow them."""
+        return self(*args, **kwargs)
+
     @property
     def executor(self) -> str:
         """How a lowered graph is run: "auto" or "graph"."""
@@ -75,9 +99,10 @@ class CompactModule(fx.GraphModule):
             if self._replays.takes(self):
                 return self._replays.run(self, run_graph, arguments, keywords)
             native = self._native.executor(self, (*arguments, *keywords.values()))
-            if native is None:
-                return run_graph(self, *arguments, **keywords)
-            return native(*arguments, **keywords)
+            if native is not None:
+                with contextlib.suppress(Unplannable):
+                    return native(*arguments, **keywords)
+            return run_graph(self, *arguments, **keywords)
 
         type(self).forward = forward  # fx gives every instance a class of its own
         return code
@@ -89,7 +114,7 @@ class CompactModule(fx.GraphModule):
         """Forget what was derived from the tensors. To be called after changing them in place."""
         self._forget_plans()
         for module in self.modules():
-            if isinstance(module, (Int8Layer, CudaLayer)):
+            if isinstance(module, Kernel):
                 module.repack()
 
     def train(self, mode: bool = True) -> CompactModule:
@@ -105,6 +130,15 @@ class CompactModule(fx.GraphModule):
         """As in `nn.Module`."""
         self._forget_plans()
         return super().load_state_dict(*args, **kwargs)
+
+    def state_numbers(self) -> dict[str, list[float]]:
+        """Return the numbers of grids that are written in the graph; a float graph has none."""
+        return numbers_of_graph(self)
+
+    def take_state_numbers(self, numbers: dict[str, list[float]]) -> None:
+        """Write other numbers into the graph."""
+        if take_numbers_of_graph(self, numbers):
+            self.recompile()
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, report: Report | None = None, executor: str = "auto") -> CompactModule:

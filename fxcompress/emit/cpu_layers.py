@@ -18,8 +18,17 @@ import torch
 import torch.nn.functional as F
 
 from fxcompress.emit import onednn
-from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
-from fxcompress.errors import OptionError
+from fxcompress.emit.cpu_numbers import (
+    Kernel,
+    broadcast,
+    channels_last_strides,
+    images_outline,
+    integers,
+    laid_out,
+    real,
+    without_kernels,
+)
+from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
 
@@ -66,13 +75,12 @@ def activation_of(kind: str, arguments: dict[str, Any]) -> tuple[Any, ...] | Non
     return (kind,) if kind in ("hardswish", "silu", "tanh") else None
 
 
-class Int8Layer(Kernel):
-    """What convolution and linear share: int8 weight, scales of output channels, float bias, residual, activation.
+class QuantizedLayer(Kernel):
+    """What all layers with int8 weights share: scales of output channels, float bias, residual, activation.
 
     Args:
         weight_shape: shape of the weight; output channels first.
         bias: whether there is a bias.
-        input: grid of the input.
         output: grid of the result; None: the result is float32.
         activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
         residual: grid of a second input, which is added before the activation; "float": it is float32; None: there is
@@ -89,14 +97,12 @@ class Int8Layer(Kernel):
         self,
         weight_shape: Sequence[int],
         bias: bool,
-        input: Sequence[Any],
         output: Sequence[Any] | None,
         activation: Sequence[Any] | None,
         residual: Sequence[Any] | str | None,
         overwrite: bool,
     ) -> None:
         super().__init__()
-        self.input = Grid.from_config(input)
         self.output = None if output is None else Grid.from_config(output)
         self.activation = None if activation is None else (str(activation[0]), *activation[1:])
         if self.activation is not None and self.activation[0] not in ACTIVATIONS:
@@ -108,6 +114,85 @@ class Int8Layer(Kernel):
         self.register_buffer("bias", torch.zeros(weight_shape[0]) if bias else None)
         self._run: Run | None = None  # derived from all of the above at the first call
 
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that all layers share."""
+        residual = self.residual
+        return {
+            "bias": self.bias is not None,
+            "output": None if self.output is None else self.output.config(),
+            "activation": None if self.activation is None else list(self.activation),
+            "residual": residual.config() if isinstance(residual, Grid) else residual,
+            "overwrite": self.overwrite,
+        }
+
+    def repack(self) -> None:
+        """Forget what was derived from tensors and grids. To be called after changing them in place."""
+        self._run = None
+
+    def _has_kernel(self) -> bool:
+        """Whether this machine multiplies bytes by these weights without saturation."""
+        features = cpu_features()
+        if not features.kernels or self.weight.device.type != "cpu" or self.weight.numel() == 0:
+            return False
+        largest = max(-int(self.weight.min()), int(self.weight.max()))
+        return features.vnni or largest <= REDUCED_WEIGHT_LIMIT
+
+    def _real_weight(self) -> torch.Tensor:
+        """The weight in float32."""
+        return self.weight.float() * self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
+
+    def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """What follows products and bias, by PyTorch."""
+        if residual is not None:
+            result = result + (real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
+        if self.activation is not None:
+            result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
+        return result if self.output is None else integers(result, self.output)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        floats = {name: getattr(self, name) for name in ("weight_scale", "bias")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in floats.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:  # .half() and .double() are for float layers
+                setattr(self, name, before.to(after.device))
+        self._run = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}
+
+
+class Int8Layer(QuantizedLayer):
+    """What convolution and linear on integers share.
+
+    Args:
+        input: grid of the input.
+        weight_shape, bias, output, activation, residual, overwrite: see `QuantizedLayer`.
+    """
+
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias: bool,
+        input: Sequence[Any],
+        output: Sequence[Any] | None,
+        activation: Sequence[Any] | None,
+        residual: Sequence[Any] | str | None,
+        overwrite: bool,
+    ) -> None:
+        super().__init__(weight_shape, bias, output, activation, residual, overwrite)
+        self.input = Grid.from_config(input)
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape = self._result_shape(self._fitting(inputs[0]).shape)
+        shape = broadcast(shape, *(residual.shape for residual in inputs[1:]))
+        dtype = torch.float32 if self.output is None else torch.uint8
+        if isinstance(self, Int8Conv):
+            return images_outline(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's result for uint8 numbers on the input grid, and for a second input if it takes one."""
         run = self._run
@@ -116,22 +201,10 @@ class Int8Layer(Kernel):
         return run(input) if residual is None else run(input, residual)
 
     def config(self) -> dict[str, Any]:
-        """Return the constructor arguments that all layers share."""
-        residual = self.residual
-        return {
-            "bias": self.bias is not None,
-            "input": self.input.config(),
-            "output": None if self.output is None else self.output.config(),
-            "activation": None if self.activation is None else list(self.activation),
-            "residual": residual.config() if isinstance(residual, Grid) else residual,
-            "overwrite": self.overwrite,
-        }
+        """Return the constructor arguments that all layers on integers share."""
+        return {"input": self.input.config(), **super().config()}
 
     # What is derived
-
-    def repack(self) -> None:
-        """Forget what was derived from the tensors. To be called after changing them in place."""
-        self._run = None
 
     def _prepare(self, input: torch.Tensor) -> Run:
         if without_kernels(input) or not self._has_kernel():
@@ -139,29 +212,41 @@ class Int8Layer(Kernel):
         self._run = self._with_kernel(input)
         return self._run
 
-    def _has_kernel(self) -> bool:
-        features = cpu_features()
-        if not features.kernels or self.weight.device.type != "cpu" or self.weight.numel() == 0:
-            return False
-        largest = max(-int(self.weight.min()), int(self.weight.max()))
-        return features.vnni or largest <= REDUCED_WEIGHT_LIMIT
-
     def _with_kernel(self, input: torch.Tensor) -> Run:
         word, arguments, algorithm = self._kernel_activation()
         if self.residual is None and word in self._words():
             return self._clamped(
                 onednn.ByShape(
-                    lambda x: self._primitive(x, word, arguments, algorithm),
+                    lambda x: self._primitive(self._fitting(x), word, arguments, algorithm),
                     lambda x: self._kernel(x, word, arguments, algorithm),
                 )
             )
         same_kind = isinstance(self.residual, Grid) == (self.output is not None)
         if self.residual is not None and same_kind and word in self._summing_words():
             kernel = onednn.ByShape(
-                lambda x: self._primitive(x, word, arguments, algorithm), lambda x: self._summing_kernel(x, word)
+                lambda x: self._primitive(self._fitting(x), word, arguments, algorithm),
+                lambda x: self._summing_kernel(x, word),
             )
             return self._summing(self._clamped(kernel))
         return self._finishing_outside(input)
+
+    def _fitting(self, input: torch.Tensor) -> torch.Tensor:
+        """Return an input of a new shape, for which kernels, that look at addresses only, are about to be made.
+
+        Raises:
+            InputError: the layer does not take this shape.
+        """
+        count, axis = self._inputs()
+        if input.ndim < -axis or input.shape[axis] != count:
+            raise InputError(
+                f"{type(self).__name__} takes {count} input channels or features (dimension {axis}), "
+                f"but its input has shape {tuple(input.shape)}"
+            )
+        return input
+
+    def _inputs(self) -> tuple[int, int]:
+        """How many channels or features the input must have, and along which axis."""
+        raise NotImplementedError
 
     def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
         """Return a function of the input, and of the residual if there is one, that executes a prepared primitive.
@@ -237,39 +322,14 @@ class Int8Layer(Kernel):
         low, high = grid.quant_min, grid.quant_max
         return lambda *inputs: run(*inputs).clamp_(low, high)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        floats = {name: getattr(self, name) for name in ("weight_scale", "bias")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in floats.items():
-            after = getattr(self, name)
-            if after is not None and after.dtype != torch.float32:  # .half() and .double() are for float layers
-                setattr(self, name, before.to(after.device))
-        self._run = None
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._run = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}
-
     # The layer in float arithmetic
 
     def _in_floats(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        weight = self.weight.float() * self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
-        return self._finish(self._products(real(input, self.input), weight), residual)
+        return self._finish(self._products(real(input, self.input), self._real_weight()), residual)
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The layer on real numbers, bias included."""
         raise NotImplementedError
-
-    def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if residual is not None:
-            result = result + (real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
-        if self.activation is not None:
-            result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
-        return result if self.output is None else integers(result, self.output)
 
     # What kernels are given
 
@@ -359,6 +419,9 @@ class Int8Conv(Int8Layer):
             "groups": self.groups,
             **super().config(),
         }
+
+    def _inputs(self) -> tuple[int, int]:
+        return self.in_channels, -len(self.kernel_size) - 1
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         convolve = _CONVOLUTIONS[len(self.kernel_size)]
@@ -493,6 +556,9 @@ class Int8Linear(Int8Layer):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
+
+    def _inputs(self) -> tuple[int, int]:
+        return self.in_features, -1
 
     def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(input, weight, self.bias)

@@ -1,4 +1,4 @@
-"""Sums, products and pooling of 8-bit values, as modules of a lowered CPU graph."""
+"""Sums, products, pooling and batch norms of 8-bit values, as modules of a lowered CPU graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import torch.nn.functional as F
 
 from fxcompress.emit import onednn
 from fxcompress.emit.cpu_layers import Int8Conv
-from fxcompress.emit.cpu_numbers import Kernel, channels_last_strides, integers, laid_out, real, without_kernels
+from fxcompress.emit.cpu_numbers import (
+    Kernel,
+    broadcast,
+    channels_last_strides,
+    images_outline,
+    integers,
+    laid_out,
+    outline_like,
+    real,
+    without_kernels,
+)
+from fxcompress.errors import InputError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
 
@@ -46,6 +57,13 @@ class _Binary(Kernel):
             "output": self.output.config(),
             "relu": self.relu,
         }
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape = broadcast(*(one.shape for one in inputs))
+        if len(shape) > 2:
+            return images_outline(shape, torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     def _numbers(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -90,6 +108,10 @@ class Int8Add(_Binary):
         layer.weight.fill_(1)
         return layer
 
+    def repack(self) -> None:
+        """Forget the layer derived from the grids."""
+        self._layer = ()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": ()}
 
@@ -101,6 +123,51 @@ class Int8Mul(_Binary):
         """Return the product of two tensors that broadcast to one shape, on the output grid."""
         first, second = self._numbers(left, right)
         return self._store(first * second)
+
+
+class Int8Affine(Kernel):
+    """A factor and a summand for each channel, as batch norm has them in evaluation mode.
+
+    Args:
+        channels: how many.
+        input, output: grids.
+        relu: whether negative results become zero.
+
+    Attributes:
+        scale, shift: float32 (channels,).
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, channels: int, input: Sequence[Any], output: Sequence[Any], relu: bool = False) -> None:
+        super().__init__()
+        self.input, self.output = Grid.from_config(input), Grid.from_config(output)
+        self.relu = bool(relu)
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("shift", torch.zeros(channels))
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments."""
+        return {
+            "channels": len(self.scale),
+            "input": self.input.config(),
+            "output": self.output.config(),
+            "relu": self.relu,
+        }
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        (input,) = inputs
+        if input.ndim < 2 or input.shape[1] != len(self.scale):
+            raise InputError(f"{type(self).__name__} takes {len(self.scale)} channels, not {tuple(input.shape)}")
+        return outline_like(input, torch.uint8)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return y = x scale + shift for a tensor (n, channels, ...) on the input grid, on the output grid."""
+        shape = (-1, *[1] * (input.ndim - 2))
+        result = torch.addcmul(self.shift.view(shape), real(input, self.input), self.scale.view(shape))
+        return integers(result.relu_() if self.relu else result, self.output)
 
 
 class Int8MaxPool(Kernel):
@@ -134,6 +201,13 @@ class Int8MaxPool(Kernel):
             "dilation": self.dilation,
             "ceil_mode": self.ceil_mode,
         }
+
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        (input,) = inputs
+        if input.ndim != len(self.kernel_size) + 2:
+            return super().outline(input)
+        return images_outline((*input.shape[:2], *self._geometry(input)[0]), torch.uint8)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the maxima of a tensor of shape (..., *spatial)."""
@@ -240,12 +314,30 @@ class Int8AvgPool(Kernel):
             "arguments": self.arguments,
         }
 
+    def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As in `Kernel`."""
+        shape, given = list(inputs[0].shape), self.arguments
+        if self.operation == "adaptive_avg_pool":
+            wanted = given["output_size"]
+            wanted = [wanted] * self.dimensions if isinstance(wanted, int) else list(wanted)
+            for axis, size in zip(range(-self.dimensions, 0), wanted, strict=True):
+                shape[axis] = shape[axis] if size is None else size
+        elif self.operation == "mean":
+            dims = [given["dim"]] if isinstance(given["dim"], int) else given["dim"]
+            averaged = {range(len(shape))[dim] for dim in dims}
+            keep = bool(given.get("keepdim"))
+            shape = [1 if axis in averaged else size for axis, size in enumerate(shape) if keep or axis not in averaged]
+        else:
+            return outline_like(self._average_of(outline_like(inputs[0], torch.float32)), torch.uint8)
+        if len(shape) > 2:
+            return images_outline(shape, torch.uint8)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the averages of uint8 numbers on the input grid, on the output grid."""
-        return integers(self._average(input), self.output)
+        return integers(self._average_of(real(input, self.input)), self.output)
 
-    def _average(self, input: torch.Tensor) -> torch.Tensor:
-        values = real(input, self.input)
+    def _average_of(self, values: torch.Tensor) -> torch.Tensor:
         if self.operation == "mean":
             return values.mean(**self.arguments)
         average: Callable[..., torch.Tensor] = _AVERAGES[self.operation][self.dimensions]

@@ -63,17 +63,12 @@ def _is_sequence_of_batches(data: tuple[object, ...], example: ExampleInputs) ->
 def _inputs_of(batch: object, example: ExampleInputs, number: int, what: str) -> ExampleInputs:
     if isinstance(batch, ExampleInputs):
         return batch
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping) and example.kwargs:
+        batch = batch[0]  # a target stands behind it
+    if isinstance(batch, torch.Tensor) or (isinstance(batch, Mapping) and _takes_one_mapping(example)):
         batch = (batch,)
     if isinstance(batch, Mapping):
-        wanted = example.kwargs or batch
-        missing = [name for name in wanted if name not in batch]
-        if missing or example.args:
-            raise InputError(
-                f"{what} batch {number} has the keywords {', '.join(map(str, batch))}, but the model was traced "
-                f"with {_describe_call(example)}"
-            )
-        return ExampleInputs((), {name: batch[name] for name in wanted})
+        return _keywords_of(batch, example, number, what)
     if not isinstance(batch, (tuple, list)):
         raise InputError(f"{what} batch {number} is a {type(batch).__name__}, not a tensor, tuple or dict")
     if example.kwargs or len(batch) < len(example.args):
@@ -83,9 +78,28 @@ def _inputs_of(batch: object, example: ExampleInputs, number: int, what: str) ->
     return ExampleInputs(tuple(batch[: len(example.args)]))
 
 
+def _takes_one_mapping(example: ExampleInputs) -> bool:
+    return not example.kwargs and len(example.args) == 1 and isinstance(example.args[0], Mapping)
+
+
+def _keywords_of(batch: Mapping[Any, Any], example: ExampleInputs, number: int, what: str) -> ExampleInputs:
+    """The keyword inputs that a mapping holds; it may hold more, targets for example."""
+    missing = [name for name in example.kwargs if name not in batch]
+    if missing or example.args:
+        advice = f"it lacks {', '.join(missing)}" if missing else (
+            "give batches as tuples in the order of the inputs, or example_inputs as a dict, too"
+        )  # fmt: skip
+        raise InputError(
+            f"{what} batch {number} has the keywords {', '.join(map(str, batch))}, but the model was traced "
+            f"with {_describe_call(example)}; {advice}"
+        )
+    return ExampleInputs((), {name: batch[name] for name in example.kwargs})
+
+
 def _describe_call(example: ExampleInputs) -> str:
     keywords = f" and the keywords {', '.join(example.kwargs)}" if example.kwargs else ""
-    return f"{len(example.args)} positional inputs{keywords}"
+    inputs = "input" if len(example.args) == 1 else "inputs"
+    return f"{len(example.args)} positional {inputs}{keywords}"
 
 
 def _check(inputs: ExampleInputs, example: ExampleInputs, number: int, what: str) -> None:

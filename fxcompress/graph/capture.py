@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 
 from fxcompress.errors import CaptureError, InputError
@@ -54,12 +55,14 @@ def trace(model: nn.Module, example_inputs: object, *, training: bool | None = N
         training: the mode to capture in, which fixes branches on `self.training`; None: the mode the model is in.
 
     Raises:
-        CaptureError: control flow depends on data; the message names file and line.
+        CaptureError: control flow depends on data, and the message names file and line; or parameters of lazy layers
+            have no shape yet.
         InputError: the inputs do not fit the model, or its forward raises on them.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     inputs = ExampleInputs.of(example_inputs)
+    _require_shapes(model)
     check_device(inputs, model)
     duplicate = _copy(model)
     if training is not None:
@@ -130,6 +133,20 @@ def _propagate(graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
             raise
         opaque.record(graph_module, inputs)
         propagate(graph_module, inputs)
+
+
+def _require_shapes(model: nn.Module) -> None:
+    lazy = [
+        f"{path or 'the model itself'} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    ]
+    if lazy:
+        more = f" and {len(lazy) - 3} more" if len(lazy) > 3 else ""
+        raise CaptureError(
+            f"the parameters of {', '.join(lazy[:3])}{more} have no shape yet: they get it at the first call. "
+            f"Run the model once on inputs, model(*example_inputs), before compiling it (and load trained weights)"
+        )
 
 
 def _copy(model: nn.Module) -> nn.Module:

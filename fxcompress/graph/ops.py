@@ -24,6 +24,7 @@ from torch import fx, nn
 from fxcompress.graph import modules as own
 from fxcompress.graph.metadata import TensorInfo, info
 from fxcompress.quant.normed_layers import PLAIN
+from fxcompress.quant.rows import fake_quantize_rows
 
 Function = Callable[..., Any]
 
@@ -274,6 +275,7 @@ _op(
     torch.fake_quantize_per_channel_affine,
     "input, scale, zero_point, axis, quant_min, quant_max",
 )
+_op("fake_quantize_rows", fake_quantize_rows, "input, quant_min, quant_max")
 
 #: Methods that stay methods: torch has no function for them. name -> (kind, elementwise)
 METHODS: dict[str, tuple[str, bool]] = {

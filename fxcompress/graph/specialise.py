@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import linecache
 import operator
 import os
 import pathlib
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -40,11 +44,13 @@ class Specialisation:
     """A value that tracing took from the example inputs.
 
     node: what produces it. value: what it was. place: the line that asked for it.
+    branch: whether it was only asked whether it is true: nothing but the way through the code depends on it.
     """
 
     node: fx.Node
     value: Any
     place: Place
+    branch: bool = False
 
 
 def is_own_code(file: str) -> bool:
@@ -52,10 +58,46 @@ def is_own_code(file: str) -> bool:
     return not file.startswith((_TORCH, _HERE, "<"))
 
 
-def is_check(place: Place) -> bool:
-    """Whether a line only checks something: an assertion, or a condition for raising an error."""
-    code, below = (linecache.getline(place.file, place.line + step).strip() for step in (0, 1))
-    return code.startswith("assert ") or (code.startswith(("if ", "elif ")) and below.startswith("raise "))
+def is_check(frame: FrameType) -> bool:
+    """Whether a frame stands at a line that only checks something: an assertion, a condition for an error or a warning.
+
+    Whatever passes the check takes the same way, so that an answer given there decides nothing.
+    """
+    return frame.f_lineno in _checking_lines(frame.f_code)
+
+
+@functools.lru_cache(maxsize=1024)
+def _checking_lines(code: CodeType) -> frozenset[int]:
+    """The lines of a function that hold conditions of checks."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, IndexError):  # typed in at a prompt, or a piece of an expression
+        return frozenset()
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) or (
+            isinstance(node, ast.If) and (_only_complains(node.body) or _only_complains(node.orelse))
+        ):
+            found.update(range(node.test.lineno, (node.test.end_lineno or node.test.lineno) + 1))
+    return frozenset(line + max(first, 1) - 1 for line in found)
+
+
+def _only_complains(body: list[ast.stmt]) -> bool:
+    """Whether statements do nothing but raise or warn."""
+    return bool(body) and all(
+        isinstance(line, ast.Raise)
+        or (
+            isinstance(line, ast.Expr)
+            and isinstance(line.value, ast.Call)
+            and _name(line.value.func).startswith("warn")
+        )
+        for line in body
+    )
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def place_of(frame: FrameType | None) -> Place:
@@ -123,14 +165,15 @@ def _has_nodes(index: slice) -> bool:
 
 def notes(values: ExampleValues, specialisations: Iterable[Specialisation]) -> list[str]:
     """Return one line for every place where the example decided, with the sizes that were looked at there."""
-    places: dict[Place, dict[str, None]] = {}
+    places: dict[tuple[Place, bool], dict[str, None]] = {}
     for item in specialisations:
         read = sizes_read(values, item.node)
         if read:
-            places.setdefault(item.place, {}).update(dict.fromkeys(read))
+            places.setdefault((item.place, item.branch), {}).update(dict.fromkeys(read))
     lines = []
-    for place, sizes in places.items():
+    for (place, branch), sizes in places.items():
         names = list(sizes)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"specialised on {', '.join(names[:3])}{more} at {place}")
+        looked_at = f"{', '.join(names[:3])}{more} at {place}"
+        lines.append(f"{'one branch for all inputs, that of' if branch else 'specialised on'} {looked_at}")
     return lines

@@ -29,7 +29,7 @@ from fxcompress.graph.compare import without_fast_path
 from fxcompress.graph.examples import DataDependentError, ExampleValues, Unknown
 from fxcompress.graph.metadata import Opaque, set_info
 from fxcompress.graph.proxy import FACTORIES, Proxy
-from fxcompress.graph.specialise import FIXED_PROPERTIES, Place, Specialisation, is_check, place_of
+from fxcompress.graph.specialise import FIXED_PROPERTIES, Specialisation, is_check, place_of
 
 
 class ConstantWrittenError(DataDependentError):
@@ -209,11 +209,11 @@ class Tracer(fx.Tracer):
             raise DataDependentError(f"{proxy.node.name!r} is known only when the model runs")
         answer = convert(value)
         frame = sys._getframe(2)
-        found = Specialisation(proxy.node, value, place_of(frame))
+        found = Specialisation(proxy.node, value, place_of(frame), isinstance(answer, bool))
         self._settle_probe(None)
         if probing:
             self._probe = (frame, frame.f_lasti, found)
-        elif not is_check(Place(frame.f_code.co_filename, frame.f_lineno)):
+        elif not is_check(frame):
             self.specialisations.append(found)
         return answer
 

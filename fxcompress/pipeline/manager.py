@@ -13,7 +13,7 @@ from torch import fx
 
 from fxcompress import processes
 from fxcompress.analysis.cost import Cost, cost, own_cost
-from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError, PassOrderError
+from fxcompress.errors import FxCompressError, MissingExtraError, OptionError, PassError
 from fxcompress.graph import compare, opaque, verify
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import Stage, graph_info
@@ -22,6 +22,7 @@ from fxcompress.graph.shapes import propagate
 from fxcompress.graph.snapshot import Snapshot
 from fxcompress.pipeline import registry
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult
+from fxcompress.pipeline.order import check_order, flatten
 from fxcompress.pipeline.pieces import run_in_pieces
 from fxcompress.pipeline.presets import read_passes
 from fxcompress.train.checkpoint import fingerprint
@@ -76,7 +77,8 @@ class PassManager:
         dump: Callable[[str, fx.GraphModule], None] | None = None,
         progress: Callable[[str, int, int | None], None] | None = None,
     ) -> None:
-        self.passes = [part for item in read_passes(passes) for part in _flatten(item)]
+        self.written = read_passes(passes)
+        self.passes = [part for item in self.written for part in flatten(item)]
         self.verify = verify
         self.dump = dump
         self.progress = progress
@@ -98,7 +100,9 @@ class PassManager:
             )
         inputs = ExampleInputs.of(example_inputs)
         passes = self._with_canonicalize(graph_module)
-        check_order(passes, graph_info(graph_module).stage)
+        if passes is not self.passes:
+            check_order(passes[:1], graph_info(graph_module).stage)
+        check_order(self.written, graph_info(graph_module).stage)
         context = context or PassContext(inputs)
         if self.progress is not None:
             context.progress = self.progress
@@ -182,44 +186,6 @@ def _require_same_model(graph_module: fx.GraphModule, passes: list[Pass]) -> Non
         run = fingerprint(graph_module, ", ".join(map(str, passes)), None)
         for name, what in (("pass", "pipeline"), ("graph", "graph of the model"), ("tensors", "weights")):
             processes.require_same(hashlib.sha256(repr(run[name]).encode()).hexdigest(), what)
-
-
-def _flatten(item: Pass) -> list[Pass]:
-    parts = item.parts()
-    return [item] if parts == (item,) else [leaf for part in parts for leaf in _flatten(part)]
-
-
-def check_order(passes: list[Pass], stage: Stage) -> None:
-    """Walk the stages through a list of passes.
-
-    Raises:
-        PassOrderError: a pass does not take the stage that it would meet; says which order would do.
-    """
-    for index, item in enumerate(passes):
-        if stage not in item.requires:
-            raise PassOrderError(_order_message(passes, index, stage))
-        stage = item.produces or stage
-
-
-def _order_message(passes: list[Pass], index: int, stage: Stage) -> str:
-    item = passes[index]
-    wanted = " or ".join(sorted(str(one) for one in item.requires))
-    maker = next((p for p in reversed(passes[:index]) if p.produces is stage), None)
-    origin = f", as {str(maker)!r} left it" if maker else ""
-    message = f"pass {index + 1} ({item}) takes a graph of stage {wanted}, but would meet {stage}{origin}."
-    fitting = next((i for i in range(index) if passes[i].produces not in (None, *item.requires)), None)
-    if fitting is not None:
-        order = [*passes[:fitting], item, *passes[fitting:index], *passes[index + 1 :]]
-        return f"{message} This order would do: {', '.join(map(str, order))}"
-    needed = [name for name in registry.names() if _produces(name) in item.requires]
-    return f"{message} Put one of these before it: {', '.join(needed)}" if needed else message
-
-
-def _produces(name: str) -> Stage | None:
-    try:
-        return registry.find(name).produces
-    except ImportError:
-        return None
 
 
 def _title(index: int, passes: list[Pass]) -> str:

@@ -13,6 +13,8 @@ from fxcompress.pipeline.text import parse
 PRESETS: dict[str, str] = {
     "fused": "fuse",
     "int8": "fuse, quantize",
+    "int8-dynamic": "fuse, quantize{mode=dynamic}",
+    "int8-weight-only": "fuse, quantize{mode=weight-only}",
     "half-channels": "prune-channels{ratio=0.5, round_to=8}, fuse",
     "small-int8": "prune-channels{ratio=0.5, round_to=8}, fuse, quantize",
 }

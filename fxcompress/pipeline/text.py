@@ -116,8 +116,13 @@ class _Parser:
                 self._expect(",")
         try:
             return pass_class(**given)
-        except (TypeError, OptionError) as error:
-            raise PipelineTextError(f"{name}: {error}") from error
+        except TypeError as error:
+            raise PipelineTextError(f"{name}: {str(error).rpartition('() ')[2]}") from error
+        except OptionError as error:
+            named = re.match(
+                rf"{pass_class.__name__}\b(.*)", str(error), re.DOTALL
+            )  # here it is known by its other name
+            raise PipelineTextError(f"{name}{named[1]}" if named else f"{name}: {error}") from error
 
     def _option(self, pass_class: type[Pass], given: dict[str, Any]) -> None:
         key = self._word("the name of an option")

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxcompress.errors import OptionError
 from fxcompress.quant.normed_layers import PLAIN
 from fxcompress.quant.observers import make_observer
-from fxcompress.quant.spec import ACTIVATION, QuantSpec
+from fxcompress.quant.spec import ACTIVATION, DYNAMIC, REDUCED_WEIGHT, STATIC, WEIGHT, WEIGHT_ONLY, QuantSpec
 
 #: Attributes that tell a QConfigMapping.
 _MAPPING_ATTRIBUTES = ("global_qconfig", "object_type_qconfigs", "module_name_qconfigs")
@@ -27,12 +28,14 @@ class ObserverChoice:
 
     activation: what `observers.make_observer` takes, for values; likewise weight, for the layer's weight.
     weight_spec, activation_spec: the format of the weight and of values, where the observer does not bring its own.
+    mode: how the layer gets its input, one of `quant.spec.MODES`.
     """
 
     activation: Any
     weight: Any
     weight_spec: QuantSpec
     activation_spec: QuantSpec = ACTIVATION
+    mode: str = STATIC
 
     def activation_observer(self) -> nn.Module:
         """Return a new observer for a value."""
@@ -41,6 +44,15 @@ class ObserverChoice:
     def weight_observer(self) -> nn.Module:
         """Return a new observer for the weight."""
         return make_observer(self.weight, self.weight_spec)
+
+    def in_mode(self, mode: str) -> ObserverChoice:
+        """Return the choice for a layer that gets its input in a certain way.
+
+        Coarse scales (`QuantSpec`) make sums exact in float32. Where values are float, or have scales that are not
+        coarse, they would cost accuracy for nothing. Nor do weights that are multiplied as real numbers saturate.
+        """
+        spec = WEIGHT if mode == WEIGHT_ONLY and self.weight_spec == REDUCED_WEIGHT else self.weight_spec
+        return replace(self, mode=mode, weight_spec=spec if mode == STATIC else replace(spec, significands=()))
 
 
 #: From a layer's path and module to its observers; None leaves the layer in float.
@@ -72,7 +84,16 @@ def _is_qconfig(candidate: object) -> bool:
 
 
 def _choice(qconfig: Any, default: ObserverChoice) -> ObserverChoice:
-    return replace(default, activation=qconfig.activation, weight=qconfig.weight)
+    mode = _mode(qconfig.activation)
+    return replace(default, activation=qconfig.activation, weight=qconfig.weight, mode=mode)
+
+
+def _mode(activation: Any) -> str:
+    """The mode that an observer of values from `torch.ao` stands for: some observe nothing."""
+    made = activation() if callable(activation) else activation
+    if getattr(made, "is_dynamic", False):
+        return DYNAMIC
+    return WEIGHT_ONLY if getattr(made, "dtype", None) == torch.float32 else STATIC
 
 
 def _optional(qconfig: object, default: ObserverChoice) -> ObserverChoice | None:

@@ -14,6 +14,9 @@ from fxcompress.errors import OptionError
 #: 2 * 255 * 64 = 32640. CPUs without VNNI add such pairs with saturation (vpmaddubsw).
 REDUCED_WEIGHT_LIMIT = 64
 
+#: How an 8-bit layer gets its input: on a grid that calibration fixed; with a grid for each row, measured at every
+#: call; as it is, in float, so that only the weight is 8-bit. The words are those of ONNX Runtime and of torch.ao.
+STATIC, DYNAMIC, WEIGHT_ONLY = MODES = ("static", "dynamic", "weight-only")
 
 #: Significands of the scales of values: eighths from 1 to 1.5, times a power of two. See `QuantSpec`.
 VALUE_SIGNIFICANDS = (8, 9, 10, 11, 12)

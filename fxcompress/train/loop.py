@@ -19,6 +19,7 @@ from fxcompress.train import random_state
 from fxcompress.train.checkpoint import CheckpointFile, load_tensors, tensors_of
 from fxcompress.train.data import Batch, Feed
 from fxcompress.train.evaluation import Evaluation, telling_batch
+from fxcompress.train.layout import channels_last
 from fxcompress.train.masks import HeldMasks
 from fxcompress.train.modes import followers, frozen_modules, training
 from fxcompress.train.objectives import Objective
@@ -158,7 +159,8 @@ class Trainer:
             ProcessError: another process has ended.
         """
         on_cuda = self.device.type == "cuda"
-        with random_state.preserved(on_cuda), training(self.module, self.frozen):
+        moved = channels_last(self.module, not self.is_split and (not on_cuda or self.recipe.precision != "fp32"))
+        with random_state.preserved(on_cuda), training(self.module, self.frozen), moved:
             random_state.seed_everything(self.recipe.seed + _RANK_STRIDE * processes.rank())
             self.kept = tensors_of(self.module)
             try:

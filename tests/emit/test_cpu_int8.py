@@ -23,14 +23,19 @@ from fxcompress.emit.cpu_int8 import (
     MODULES,
     Dequantize,
     Int8Add,
+    Int8Affine,
     Int8AvgPool,
     Int8Conv,
+    Int8DynamicLinear,
+    Int8Embedding,
     Int8Layer,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
+    Int8WeightOnlyLinear,
     Kernel,
     Quantize,
+    QuantizeRows,
     activation_of,
 )
 from fxcompress.errors import OptionError
@@ -209,7 +214,7 @@ def test_residuals_of_other_shapes_are_broadcast(residual: Grid | str, overwrite
     for layer, shape, others in cases:
         x = integers(*shape)
         plain = type(layer).from_config({**layer.config(), "output": None, "activation": None, "residual": None})
-        plain.load_state_dict(layer.state_dict())
+        plain.load_state_dict(dict(layer.named_buffers()), strict=False)
         for other in others:  # one after the other: a layer does not stick to the shapes of its first call
             addend = second_input(other, residual)
             expected = with_epilogue(plain(x).double(), addend, residual, function, output)
@@ -316,7 +321,26 @@ def test_sums_and_products_equal_those_of_the_real_numbers(relu: bool, shape: tu
         expected = torch.fake_quantize_per_tensor_affine(exact.relu() if relu else exact, *output.config())
         assert torch.equal(Dequantize(output.config())(module(a, other)), expected)
         assert torch.equal(type(module).from_config(module.config())(a, other), module(a, other))
-        assert not module.state_dict()
+        assert not list(module.buffers())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(4, 24), (2, 24, 5), (2, 6, 5, 7), (2, 3, 4, 5, 6)])
+def test_an_affine_layer_equals_that_of_the_real_numbers(relu: bool, shape: tuple[int, ...]) -> None:
+    input, output = Grid(0.03125, 128), Grid(0.046875, 60)
+    layer, x = Int8Affine(shape[1], input.config(), output.config(), relu), integers(*shape)
+    layer.scale.copy_(torch.randn(shape[1]))
+    layer.shift.copy_(torch.randn(shape[1]))
+    column = (-1, *[1] * (len(shape) - 2))
+    exact = oracle.from_grid(x, input) * layer.scale.double().view(column) + layer.shift.double().view(column)
+    found = layer(x)
+    expected = ((exact.relu() if relu else exact) / output.scale).round().add(output.zero_point).clamp(0, 255)
+    assert found.dtype == torch.uint8
+    assert (found - expected).abs().max() <= 1
+    assert (found != expected).double().mean() < 0.01  # between two integers
+    again = Int8Affine.from_config(layer.config())
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), found)
 
 
 @given(scale=st.floats(1e-6, 1e3), zero_point=st.integers(0, 255), seed=st.integers(0, 99))
@@ -341,7 +365,8 @@ def test_copies_pickles_and_state_dicts_carry_plain_numbers_only() -> None:
     expected = layer(x)  # packs the weight
     state = layer.state_dict()
     assert {name: tensor.dtype for name, tensor in state.items()} == {
-        "weight": torch.int8, "weight_scale": torch.float32, "bias": torch.float32
+        "weight": torch.int8, "weight_scale": torch.float32, "bias": torch.float32,
+        "input_grid": torch.float64, "output_grid": torch.float64,
     }  # fmt: skip
     rebuilt = Int8Conv.from_config(layer.config())
     rebuilt.load_state_dict(state)
@@ -428,8 +453,10 @@ def test_every_module_is_listed_and_described_by_plain_values() -> None:
         small_layer(), Int8Linear(2, 3, False, SIGNED.config(), None, ("gelu", "none"), "float", True),
         Quantize(SIGNED.config()), Dequantize(SIGNED.config()), Int8MaxPool([2, 2], [2, 2], [0, 0], [1, 1], False),
         Int8Add(SIGNED.config(), POSITIVE.config(), SIGNED.config(), True),
-        Int8Mul(SIGNED.config(), None, SIGNED.config()),
-        Int8AvgPool(SIGNED.config(), POSITIVE.config(), "mean", 0, {"dim": [2, 3]}),
+        Int8Mul(SIGNED.config(), None, SIGNED.config()), Int8Affine(3, SIGNED.config(), POSITIVE.config(), True),
+        Int8AvgPool(SIGNED.config(), POSITIVE.config(), "mean", 0, {"dim": [2, 3]}), QuantizeRows(0, 255),
+        Int8DynamicLinear(2, 3, True), Int8WeightOnlyLinear(3, 2, False, SIGNED.config(), ("silu",)),
+        Int8Embedding(5, 2),
     ]  # fmt: skip
     assert {type(module).__name__ for module in modules} == set(MODULES)
     for module in modules:

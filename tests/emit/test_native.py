@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import logging
 import os
 import pickle
 import subprocess
@@ -19,12 +20,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 import fxcompress as fxc
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
+    Int8Affine,
     Int8AvgPool,
     Int8Conv,
     Int8Layer,
@@ -33,9 +36,9 @@ from fxcompress.emit.cpu_int8 import (
     Int8Mul,
     Quantize,
 )
-from fxcompress.emit.native import library, memory, packing, steps
+from fxcompress.emit.native import executor, library, memory, packing, steps
 from fxcompress.emit.native.memory import Buffer, arrange
-from fxcompress.errors import OptionError
+from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.spec import Grid
 from tests.strategies import Program, example, programs
 
@@ -109,14 +112,14 @@ def assert_alike(compact: CompactModule, *inputs: torch.Tensor) -> None:
 
 def planned(compact: CompactModule) -> bool:
     made = compact._native.made
-    return made is not None and len(made.plans) > 0
+    return made is not None and any(plan is not None for plan in made.plans.values())
 
 
 def python_calls(compact: CompactModule) -> list[str]:
     """Nodes that Python runs."""
     made = compact._native.made
     assert made is not None
-    return [part.name for plan in made.plans.values() for part in plan.runs if hasattr(part, "function")]
+    return [part.name for plan in made.plans.values() if plan for part in plan.runs if hasattr(part, "function")]
 
 
 @st.composite
@@ -215,6 +218,24 @@ def test_sums_and_products(batch: int, channels: int, size: int, shape: str) -> 
         assert_same(chain(module, inputs=2), left, right)
 
 
+@given(st.integers(1, 3), st.integers(1, 200), st.integers(0, 5), st.booleans(), st.booleans(), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_affine_layers(batch: int, channels: int, size: int, relu: bool, turned: bool, threads: int) -> None:
+    layer = Int8Affine(channels, SIGNED.config(), POSITIVE.config(), relu)
+    layer.scale.copy_(torch.randn(channels))
+    layer.shift.copy_(torch.randn(channels))
+    x = numbers(batch, channels, size, size + 1) if size else numbers(batch, channels)
+    x = x.contiguous(memory_format=torch.channels_last) if turned and size else x
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compact = chain(layer)
+        assert_same(compact, x)
+    finally:
+        torch.set_num_threads(before)
+    assert python_calls(compact) == []
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 17, 33), (1, 70, 4, 4), (5, 11), (2, 3, 40), (1, 1, 8, 8)])
 @pytest.mark.parametrize("layout", ["plain", "channels_last", "transposed"])
 def test_numbers_in_and_out(shape: tuple[int, ...], layout: str) -> None:
@@ -226,6 +247,34 @@ def test_numbers_in_and_out(shape: tuple[int, ...], layout: str) -> None:
     assert_same(chain(Quantize(SIGNED.config()), Dequantize(SIGNED.config())), x)
 
 
+class _Forms(fx.Interpreter):
+    """Notes shape and dtype of what each node makes."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.found[n.name] = form(value)
+        return value
+
+
+def form(value: Any) -> Any:
+    return [(leaf.shape, leaf.dtype) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def forms(compact: CompactModule, *inputs: Any) -> dict[str, Any]:
+    noting = _Forms(compact)
+    with torch.no_grad():
+        noting.run(*inputs)
+    return noting.found
+
+
+def recorded_forms(compact: CompactModule, *inputs: Any) -> dict[str, Any]:
+    return {node.name: form(value) for node, value in executor.record(compact, inputs).items()}
+
+
 @given(programs(max_steps=8), st.sampled_from([1, 3, 5]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_random_models_compute_what_their_graphs_compute(model: Program, batch: int) -> None:
@@ -233,6 +282,7 @@ def test_random_models_compute_what_their_graphs_compute(model: Program, batch: 
     assume(1e-3 < float(model(data).detach().abs().max()) < 1e4)
     compact = fxc.compile(model, "fuse, quantize", data, verify=False, calibration=[data])
     x = example(batch).float()
+    assert recorded_forms(compact, x) == forms(compact, x)
     expected = by_graph(compact, x)
     for _ in range(2):
         found = compact(x)
@@ -357,6 +407,8 @@ def test_new_numbers_are_seen() -> None:
     compact.layer0.bias.add_(1.0)  # type: ignore[operator,union-attr]
     compact.repack()
     torch.testing.assert_close(compact(x), before + 2.0)
+    nn.Sequential(compact).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
+    torch.testing.assert_close(compact(x), before + 1.0)
 
 
 def test_who_looks_on_sees_the_graph_run(mixed: CompactModule) -> None:
@@ -408,6 +460,7 @@ print(float(compact(x).sum()), library.unavailable())
         ({"FXCOMPRESS_CPU": "avx2"}, "FXCOMPRESS_CPU=avx2"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
         ({"CXX": "false"}, "could not build them"),
+        ({"XDG_CACHE_HOME": "/dev/null/nowhere"}, "None"),  # built for this process alone
         ({}, "None"),
     ],
 )
@@ -448,6 +501,24 @@ def test_buffers_in_use_at_the_same_time_do_not_overlap(drawn: Sequence[tuple[in
 def test_buffers_of_different_times_share_memory() -> None:
     buffers = [Buffer(i, "arena", 1000, i, i + 1) for i in range(50)]  # a chain: two at a time
     assert arrange(buffers)[1] <= 2 * (1000 + memory.SLACK + memory.ALIGNMENT)
+
+
+SMALL = """
+import sys
+import torch
+import fxcompress as fxc
+compact = fxc.load(sys.argv[1])
+print(tuple(compact(torch.randn(2, 3, 14, 13)).shape), compact._native.made is not None)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_the_first_call_loads_no_compiler_of_pytorch(tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 14, 13)
+    path = tmp_path / "dense.fxc"
+    fxc.compile(Dense("list"), "fuse, quantize", x, calibration=[x]).save(path)
+    done = subprocess.run([sys.executable, "-c", SMALL, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(2, 5, 6, 5) True", "[]"]
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40))
@@ -508,13 +579,35 @@ def test_tokens(width: int, shape: tuple[int, ...]) -> None:
     compact = fxc.compile(model, "fuse, quantize", x, calibration=[x])
     assert_alike(compact, x)
     assert python_calls(compact) == []
+    assert image_by_image(compact) == [shape[0] if shape[0] > 1 else 0]
+
+
+class Weighted(nn.Module):
+    """Shares of each row, which a quantised layer reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, width), nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.first(x).softmax(-1))
+        return y
+
+
+@pytest.mark.parametrize("width", [3, 40, 130])
+def test_softmax_is_stored_as_bytes(width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, 16)
+    compact = fxc.compile(Weighted(width), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert python_calls(compact) == []
 
 
 def image_by_image(compact: CompactModule) -> list[int]:
     """For each plan, how many images it computes one by one."""
     made = compact._native.made
     assert made is not None
-    return [0 if plan.single is None else plan.single.images for plan in made.plans.values()]
+    return [0 if plan is None or plan.single is None else plan.single.images for plan in made.plans.values()]
 
 
 @pytest.mark.parametrize("batch", [2, 3, 4, 9])
@@ -630,9 +723,9 @@ def test_structured_and_keyword_inputs() -> None:
 class Attention(nn.Module):
     """Attention with query, key and value in one layer, by products or by PyTorch's function."""
 
-    def __init__(self, heads: int, width: int, by_hand: bool) -> None:
+    def __init__(self, heads: int, width: int, by_hand: bool, scale: float | None = None) -> None:
         super().__init__()
-        self.heads, self.by_hand = heads, by_hand
+        self.heads, self.by_hand, self.scale = heads, by_hand, scale
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -642,7 +735,7 @@ class Attention(nn.Module):
         if self.by_hand:
             y = (q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5).softmax(-1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         z: torch.Tensor = self.out(y.transpose(1, 2).reshape(n, count, width))
         return z
 
@@ -656,6 +749,13 @@ def test_attention(by_hand: bool, heads: int, width: int, count: int) -> None:
     assert_alike(compact, x)
     assert python_calls(compact) == []
     assert image_by_image(compact) == [4] or count == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_attention_with_a_scale_of_its_own(scale: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    assert_alike(fxc.compile(Attention(2, 8, False, scale), "fuse, quantize", x, calibration=[x]), x)
 
 
 @given(
@@ -690,3 +790,241 @@ def test_inputs_out_of_the_ordinary() -> None:
         for value in (1e8, -1e8, float("inf"), -float("inf")):
             assert_alike(compact, torch.full((1, 2, 9, 9), value).contiguous(memory_format=layout))
     assert by_graph(compact, x).shape == compact(x.to("meta")).shape
+
+
+class Limited(nn.Module):
+    """A clamp whose limit is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.low = nn.Parameter(torch.full((1, 4, 1, 1), -0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(torch.clamp(torch.sin(self.first(x)), min=self.low))
+        return y
+
+
+def test_a_limit_that_is_a_tensor() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    assert_alike(fxc.compile(Limited(), "fuse, quantize", x, calibration=[x]), x)
+
+
+class Asking(nn.Module):
+    """Something that depends on the numbers of a tensor, behind a convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv = how, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x)
+        if self.how == "item":
+            return y * x.max().item()
+        if self.how == "mask":
+            return y[y > 0]
+        return y[torch.nonzero(y.flatten(1).mean(1) > 0).flatten()]
+
+
+@pytest.mark.parametrize("how", ["item", "mask", "nonzero"])
+def test_what_depends_on_numbers_runs_as_a_graph(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    compact = fxc.compile(Asking(how), "fuse, quantize", x, calibration=[x])
+    for factor in (1.0, 3.0, 0.2, -1.0):
+        expected = by_graph(compact, factor * x)
+        for _ in range(2):
+            torch.testing.assert_close(compact(factor * x), expected)
+    assert compact._native.made is not None
+    assert list(compact._native.made.plans.values()) == [None]
+
+
+def test_inputs_that_do_not_fit_are_the_graphs_to_refuse(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    compact = fxc.compile(model, [fxc.passes.Fuse(), fxc.passes.Quantize(ignore=("2",))], x, calibration=[x])
+    with pytest.raises((RuntimeError, InputError)):
+        compact(torch.randn(2, 3, 9, 9))
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert compact(x).shape == (2, 5)
+
+
+LENGTH = 2
+
+
+def first_rows(x: torch.Tensor) -> torch.Tensor:
+    return x[:LENGTH].clone()
+
+
+def test_a_function_that_changes_its_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    value = graph.call_module("layer", (graph.placeholder("x"),))
+    graph.output(graph.call_module("back", (graph.call_function(first_rows, (value,)),)))
+    root = nn.Module()
+    root.layer, root.back = Quantize(SIGNED.config()), Dequantize(SIGNED.config())
+    compact, x = CompactModule(root, graph), torch.randn(5, 4)
+    assert compact(x).shape == (2, 4)
+    assert planned(compact)
+    monkeypatch.setitem(globals(), "LENGTH", 4)
+    for _ in range(2):
+        assert torch.equal(compact(x), by_graph(compact, x))
+
+
+def test_numbers_among_the_inputs() -> None:
+    graph = fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    graph.output((graph.call_module("layer", (x,)), number))
+    root = nn.Module()
+    root.layer = Quantize(SIGNED.config())
+    compact, x_ = CompactModule(root, graph), torch.randn(2, 4)
+    for given_ in (1, True, 1.0, "one", x_.numpy()):
+        for _ in range(2):
+            assert type(compact(x_, given_)[1]) is type(given_)
+    assert planned(compact)
+
+
+class Headed(nn.Module):
+    """A convolution, and a float layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(self.conv(x).mean((2, 3)))
+        return y
+
+
+def test_gradients_are_had_by_asking() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    compact = fxc.compile(Headed(), [fxc.passes.Fuse(), fxc.passes.Quantize(ignore=("fc",))], x, calibration=[x])
+    expected = compact(x)
+    assert planned(compact)
+    assert not expected.requires_grad
+    compact.requires_grad_()
+    found = compact(x)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    gradient = compact.get_parameter("fc.bias").grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient, torch.full((5,), 2.0))
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 70))
+def test_joined_groups_read_no_further_than_there_is_room(groups: int, group_out: int, group_in: int) -> None:
+    joined = packing.joined_groups(groups * group_out, group_in, groups)
+    end = packing.rounded_up(groups, joined) * group_in + packing.DEPTH
+    assert end <= groups * group_in + max(memory.SLACK, packing.DEPTH)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from tests.emit.test_native import SIGNED, Int8Conv, Int8Linear, chain, filled, by_graph
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 17 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + 16 * page), page, 0):
+    sys.exit("mprotect")
+def last(*shape):
+    count = torch.Size(shape).numel()
+    tensor = torch.frombuffer(memory, dtype=torch.uint8, offset=16 * page - count, count=count)
+    return tensor.random_(0, 255, generator=torch.Generator().manual_seed(0)).view(shape)
+def conv(channels, out, kernel, groups):
+    args = [kernel] * 2, [1, 1], [0, 0], [1, 1], groups, True, SIGNED.config(), SIGNED.config()
+    return filled(Int8Conv(channels, out, *args), 0)
+for layer, shape in (
+    (conv(15, 35, 3, 5), (1, 15, 7, 7)), (conv(65, 13, 1, 13), (1, 65, 3, 3)), (conv(3, 20, 3, 1), (2, 3, 9, 9)),
+    (conv(70, 70, 3, 70), (1, 70, 5, 5)), (conv(7, 9, 1, 1), (1, 7, 5, 5)),
+    (filled(Int8Linear(7, 20, True, SIGNED.config()), 0), (3, 7)),
+):
+    x = last(*shape)
+    if len(shape) == 4:
+        n, c, h, w = shape
+        x = x.view(n, h, w, c).permute(0, 3, 1, 2)
+    compact = chain(layer)
+    compact(x)
+    assert (compact(x).float() - by_graph(compact, x).float()).abs().max() <= 1
+    print("right")
+"""
+
+
+def test_nothing_behind_the_inputs_is_read() -> None:
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["right"] * 6, done.stderr
+
+
+class Dense(nn.Module):
+    """Layers that read everything before them, concatenated from a list or one after the other (DenseNet)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stem = how, nn.Conv2d(3, 10, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(10 + 6 * index) for index in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(10 + 6 * index, 6, 3, padding=1) for index in range(4))
+        self.head = nn.Conv2d(34, 5, 1)
+        for name, parameter in self.norms.named_parameters():
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        made = [F.max_pool2d(F.relu(self.stem(x)), 2)]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            joined = torch.cat(made, 1)
+            made.append(conv(F.relu(norm(joined))))
+            if self.how == "chain":
+                made = [torch.cat([joined, made.pop()], 1)]
+        y = torch.cat(made, 1)
+        z: torch.Tensor = self.head(y)
+        return (z, y, made[-1]) if self.how == "results" else z
+
+
+def copies(compact: CompactModule) -> list[str]:
+    made = compact._native.made
+    assert made is not None
+    (bound,) = made.plans.values()
+    assert bound is not None
+    plan = bound.plan
+    return [name for name, item in zip(plan.names, plan.items, strict=True) if isinstance(item, steps.Copy)]
+
+
+@pytest.mark.parametrize("how", ["list", "chain", "results"])
+def test_what_is_concatenated_is_made_in_place(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 14, 13)
+    compact = fxc.compile(Dense(how), "fuse, quantize", x, calibration=[x])
+    assert sum(isinstance(module, Int8Affine) for module in compact.modules()) == 4
+    expected, found = by_graph(compact, x), (compact(x), compact(x))[1]
+    for left, right in zip(*([y] if torch.is_tensor(y) else y for y in (expected, found)), strict=True):
+        noise = (left - right).square().mean()
+        assert noise == 0 or 10 * torch.log10(left.square().mean() / noise) >= 35
+        assert left.stride() == right.stride()
+    assert python_calls(compact) == []
+    assert [name for name in copies(compact) if name.startswith("cat")] == []
+    assert image_by_image(compact) == [3]
+
+
+class Twice(nn.Module):
+    """Concatenations of a value with itself, of an input, of pieces of a split, and of what several of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 5, 3)
+        self.third = nn.Conv2d(22, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        z = self.second(torch.cat((y, x), 1))
+        left, right = y[:, :, 1:-1, 1:-1].chunk(2, 1)
+        w: torch.Tensor = self.third(torch.cat((right, z, left, z, right), 1))
+        v: torch.Tensor = self.third(torch.cat((z, z, left, right, left), 1))
+        return w + v
+
+
+def test_concatenations_that_share_their_pieces() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 11, 10)
+    compact = fxc.compile(Twice(), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert python_calls(compact) == []

@@ -75,3 +75,15 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MissingExtraError, match=r"fxcompress\[onnx\]"):
         compact.export_onnx(tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_rows_measured_at_run_time_run_elsewhere(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5))
+    passes = "fuse, insert-observers{mode=dynamic}, calibrate, convert-observed"
+    compact = fxc.compile(model, passes, torch.randn(2, 6))
+    compact.export_onnx(tmp_path / "m.onnx")
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = compact(x).numpy()
+    step = numpy.abs(expected).max() / 100
+    numpy.testing.assert_allclose(_outputs(tmp_path / "m.onnx", x), expected, rtol=0, atol=step)

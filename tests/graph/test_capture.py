@@ -236,3 +236,17 @@ def test_a_graph_module_can_be_compiled_again() -> None:
     twice = fxc.compile(once, "prune-channels{ratio=0.5}", x)
     widths = [m.out_channels for m in (copy.deepcopy(twice)).modules() if isinstance(m, nn.Conv2d)]
     assert widths == [2, 4]
+
+
+def test_parameters_without_a_shape_are_refused_with_what_to_do() -> None:
+    for model, layer in (
+        (nn.Sequential(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), nn.ReLU()), r"0\.1 \(LazyLinear\)"),
+        (nn.LazyConv2d(4, 3), r"the model itself \(LazyConv2d\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()), r"1 \(LazyBatchNorm2d\)"),
+    ):
+        x = torch.randn(2, 3, 8, 8)
+        with pytest.raises(CaptureError, match=rf"parameters of {layer} have no shape yet.*Run the model once"):
+            fxc.trace(model, x)
+        model(x)
+        model.eval()
+        assert torch.equal(fxc.trace(model, x)(x), model(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -108,7 +109,7 @@ def test_sizes_are_followed(function: Callable[[nn.Module, torch.Tensor], torch.
 def test_the_place_and_the_sizes_that_decided_are_noted() -> None:
     notes = graph_info(trace(Model(pad_to_multiple), torch.randn(1, 3, 9, 10))).notes
     assert len(notes) == 1
-    assert notes[0].startswith("specialised on x.shape[2] = 9 at ")
+    assert notes[0].startswith("one branch for all inputs, that of x.shape[2] = 9 at ")
     assert "test_capture_sizes.py:" in notes[0]
     assert "(`if h % 7 or w % 7:`)" in notes[0]
     notes = graph_info(trace(Model(loops), torch.randn(1, 3, 9, 10))).notes
@@ -118,6 +119,32 @@ def test_the_place_and_the_sizes_that_decided_are_noted() -> None:
 def test_what_is_the_same_for_every_input_of_a_graph_is_not_noted() -> None:
     for function in (factories, items):
         assert graph_info(trace(Model(function), torch.randn(1, 3, 9, 10))).notes == []
+
+
+def limits(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Checks of sizes, in several spellings, of which none decides what is computed."""
+    if x.shape[2] > 100: raise ValueError("too high")  # fmt: skip  # noqa: E701
+    if (
+        x.shape[2] > 100
+        or x.shape[3] > 100
+    ):  # fmt: skip
+        # beyond the table
+        raise ValueError("too large")
+    if x.shape[3] <= 100:
+        x = x + 1
+    else:
+        raise ValueError("too wide")
+    if x.shape[2] > 90:
+        warnings.warn("nearly too high", stacklevel=2)
+    return layer(x)  # type: ignore[no-any-return]
+
+
+def test_checks_of_sizes_decide_nothing_and_are_not_noted() -> None:
+    model, x = Model(limits), torch.randn(1, 3, 9, 10)
+    traced = trace(model, x)
+    assert graph_info(traced).notes == []
+    other = torch.randn(1, 3, 20, 7)
+    assert torch.equal(traced(other), model(other))
 
 
 def test_functions_registered_with_fx_wrap_are_traced_into() -> None:
@@ -136,7 +163,7 @@ def test_a_value_that_depends_on_parameters_only_is_known() -> None:
 
     traced = trace(Scaled().eval(), torch.ones(3))
     assert torch.equal(traced(torch.ones(3)), torch.full((3,), 2.0))
-    assert "specialised on the value of gate" in graph_info(traced).notes[0]
+    assert "that of the value of gate" in graph_info(traced).notes[0]
 
 
 def test_torch_is_as_it_was_afterwards() -> None:

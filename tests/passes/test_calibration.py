@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,40 @@ def test_every_form_of_data_gives_the_same_scales(data: object) -> None:
         compact = compiled(data)
     reference = compiled(X)
     assert torch.equal(compact(input=X), reference(X))
+
+
+class FromMapping(nn.Module):
+    def __init__(self, keyword: bool) -> None:
+        super().__init__()
+        self.inner, self.keyword = model(), keyword
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.inner(batch if self.keyword else batch["image"])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+@pytest.mark.parametrize("form", ["one", "list", "with targets", "with more entries"])
+def test_batches_that_are_dicts_do_where_the_example_is_one(keyword: bool, form: str) -> None:
+    def wrapped(x: torch.Tensor) -> Any:
+        return {"batch": x} if keyword else {"image": x}
+
+    more = {"label": torch.zeros(4)} if keyword else {}
+    data: dict[str, Any] = {
+        "one": wrapped(X),
+        "list": [wrapped(X[:4]), wrapped(X[4:])],
+        "with targets": [(wrapped(X[:4]), torch.zeros(4)), (wrapped(X[4:]), torch.zeros(4))],
+        "with more entries": [{**wrapped(X[:4]), **more}, {**wrapped(X[4:]), **more}],
+    }
+    example = wrapped(X[:2]) if keyword else (wrapped(X[:2]),)
+    compact = fxc.compile(FromMapping(keyword).eval(), [P.Fuse(), P.Quantize(data[form])], example)
+    assert torch.equal(compact(X if keyword else {"image": X}), compiled(X)(X))
+
+
+def test_batches_that_are_dicts_are_explained_where_the_example_is_none() -> None:
+    with pytest.raises(InputError, match=r"keywords input, but .* 1 positional input; give batches as tuples"):
+        compiled([{"input": X}])
+    with pytest.raises(InputError, match=r"keywords image, but .* keywords input; it lacks input"):
+        fxc.compile(model(), [P.Quantize([{"image": X}])], {"input": X[:2]})
 
 
 def test_data_can_be_given_to_compile() -> None:

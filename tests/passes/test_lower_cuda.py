@@ -278,6 +278,30 @@ def test_a_file_loads_and_runs_anywhere(dtype: str, tmp_path: Path, monkeypatch:
         assert signal_to_noise(plain, compact(x.to(HOME)).cpu()) > (22 if dtype == "fp8" else 50)
 
 
+class Words(nn.Module):
+    """An embedding, and its weight as an output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.back = nn.Embedding(12, 16), nn.Linear(16, 8), nn.Linear(8, 16)
+        self.out = nn.Linear(16, 12, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.out(self.back(F.relu(self.up(self.table(index)))))
+        return logits
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight-only"])
+def test_layers_without_fixed_grids_stay_in_16_bits_with_their_rounded_weights(mode: str) -> None:
+    torch.manual_seed(0)
+    model, index = Words().eval(), torch.randint(12, (2, 5))
+    compact = fxc.compile(model, f"fuse, quantize{{mode={mode}}}", index, target="cuda")
+    layers = {module.numbers for module in compact.modules() if isinstance(module, CudaLinear)}
+    assert layers == {"fp16"}
+    assert signal_to_noise(model(index), compact(index.to(HOME)).cpu()) > 25
+
+
 def test_passes_are_completed_for_the_dtype() -> None:
     from fxcompress.pipeline.presets import passes_for
 

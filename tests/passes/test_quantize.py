@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.analysis.quantization import plan_quantization
-from fxcompress.emit.cpu_int8 import Int8Add, Int8Conv, Int8Layer, Int8MaxPool, Int8Mul
+from fxcompress.emit.cpu_int8 import Int8Add, Int8Affine, Int8Conv, Int8Layer, Int8MaxPool, Int8Mul
 from fxcompress.errors import InputError, OptionError
 from fxcompress.graph import ops
 from fxcompress.graph.compare import run
@@ -43,6 +44,11 @@ class Net(nn.Module):
         self.mirror = nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1)
         self.even = nn.Conv2d(4, 4, (2, 4), padding="same")
         self.position = nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.scaled, self.joined = nn.BatchNorm2d(4), nn.BatchNorm2d(8)
+        for norm in (self.scaled, self.joined):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.get_buffer("running_mean"))
+            nn.init.uniform_(norm.get_buffer("running_var"), 0.5, 2.0)
         self.function = forward
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -281,6 +287,10 @@ FORWARDS: dict[str, Forward] = {
     "sizes read from values": lambda net, x: net.head((y := net.a(x)).reshape(y.shape[0], -1)),
     "average over windows": lambda net, x: net.c(F.avg_pool2d(net.a(x), 3, 2, 1)),
     "mean": lambda net, x: net.fc(F.relu(net.a(x)).mean([2, 3])),
+    "norm of a sum": lambda net, x: net.c(F.relu(net.scaled(F.relu(net.a(x)) + F.relu(net.b(x))))),
+    "norm of joined values": lambda net, x: (
+        net.wide(y := net.joined(torch.cat([net.a(x), net.b(x)], 1))) * F.softplus(y)[:, :4]
+    ),
 }
 
 
@@ -310,7 +320,7 @@ def test_addends_that_have_one_shape_only_at_the_batch_of_the_example_are_broadc
 
 def test_dead_layers_leave_nothing_behind() -> None:
     lowered = stages(lambda net, x: net.b(F.relu(net.a(x))))["lower"]
-    assert set(lowered.state_dict()) == {
+    assert {name for name, _ in lowered.named_buffers()} == {
         f"{layer}.{name}" for layer in "ab" for name in ("weight", "weight_scale", "bias")
     }  # fmt: skip
 
@@ -340,6 +350,10 @@ def test_sums_and_products_have_modules_of_their_own() -> None:
     assert isinstance(modules[-1], Int8Add)
     assert modules[-1].relu
     assert any(isinstance(module, Int8Mul) for module in stages(FORWARDS["gate"])["lower"].modules())
+    for case, relu in (("norm of a sum", True), ("norm of joined values", False)):
+        lowered = stages(FORWARDS[case])["lower"]
+        assert [module.relu for module in lowered.modules() if isinstance(module, Int8Affine)] == [relu]
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in lowered.modules())
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -478,3 +492,44 @@ def test_wrong_options_are_refused() -> None:
     with pytest.raises(OptionError, match="target must be one of"):
         P.Lower("tpu")
     assert str(P.Quantize(X, ignore=("a",), batches=3)) == "quantize{ignore=[a], batches=3}"
+
+
+def joined(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A small value, and one whose range is a hundred times as wide."""
+    return F.relu(model.a(x)), model.b(x)
+
+
+OUTPUTS_BESIDE_CAT: dict[str, Forward] = {
+    "as it is": lambda m, x: [small := joined(m, x)[0], m.wide(torch.cat([small, joined(m, x)[1]], 1))],
+    "nested": lambda m, x: {
+        "features": [small := joined(m, x)[0]],
+        "y": m.wide(torch.cat([small, joined(m, x)[1]], 1)),
+    },
+    "flattened": lambda m, x: [(small := joined(m, x)[0]).flatten(1), m.wide(torch.cat([small, joined(m, x)[1]], 1))],
+    "pooled": lambda m, x: [F.max_pool2d(small := joined(m, x)[0], 2), m.wide(torch.cat([small, m.b(x)], 1))],
+    "joined in the output": lambda m, x: [m.c(small := joined(m, x)[0]), torch.cat([small, joined(m, x)[1]], 1)],
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS_BESIDE_CAT)
+@pytest.mark.parametrize("qat", [False, True])
+def test_outputs_keep_their_precision_beside_a_wider_concatenation(case: str, qat: bool) -> None:
+    model = Net(OUTPUTS_BESIDE_CAT[case]).eval()
+    with torch.no_grad():
+        model.b.weight.mul_(100)
+    passes = [P.Fuse(), P.InsertObservers(qat=qat), P.Calibrate(X), P.ConvertObserved(), P.Lower()]
+    compact = fxc.compile(model, passes, X)
+    found, expected = (ExampleInputs.of(X).call(one) for one in (compact, model))
+    for ours, exact in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert signal_to_noise(exact, ours) > 30
+
+
+def test_a_cat_that_no_kernel_reads_ties_nothing() -> None:
+    plan = plan_quantization(fused(lambda m, x: [m.c(y := m.a(x)), torch.cat([y, m.b(x)], 1).softmax(1)]), accepts=free)
+    assert [group.values for group in plan.groups] == [("x",), ("a",)]
+    plan = plan_quantization(fused(lambda m, x: [m.c(y := m.a(x)), m.wide(torch.cat([y, m.b(x)], 1))]), accepts=free)
+    assert [group.values for group in plan.groups] == [("x",), ("a", "b")]
+
+
+def free(path: str, module: nn.Module) -> None:
+    """Accept every layer."""

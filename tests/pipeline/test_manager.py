@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,8 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import fxcompress as fxc
@@ -17,7 +20,12 @@ from fxcompress.errors import OptionError, PassError, PassOrderError, Verificati
 from fxcompress.graph import ops
 from fxcompress.graph.metadata import Stage
 from fxcompress.pipeline.base import data_field
+from fxcompress.pipeline.order import check_order
+from fxcompress.pipeline.presets import read_passes
 from fxcompress.testing import assert_graph
+
+#: One pass, or group, for each way to go from stage to stage.
+NAMES = ("fuse", "train", "insert-observers", "calibrate", "convert-observed", "lower", "quantize")
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -107,22 +115,76 @@ class TakesQDQ(fxc.Pass):
 
 def test_order_is_checked_before_anything_runs() -> None:
     seen: list[str] = []
-    with pytest.raises(PassOrderError, match=r"pass 3 \(takes-qdq\) takes a graph of stage QDQ, but would meet FLOAT"):
+    with pytest.raises(PassOrderError, match=r"pass 2 \(takes-qdq\) takes a graph of stage QDQ, but would meet FLOAT"):
         fxc.compile(model(), [Edit(lambda g: seen.append("ran")), TakesQDQ()], X)
     assert seen == []
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("written", "advice"),
+    [
+        ("quantize, prune-channels{ratio=0.5}, fuse", "This order would do: prune-channels{ratio=0.5}, fuse, quantize"),
+        (
+            "lower, convert-observed, calibrate, insert-observers",
+            "This order would do: insert-observers, calibrate, convert-observed, lower",
+        ),
+        (
+            "qat{train=[train{epochs=1}]}, train{epochs=2}, fuse",
+            "This order would do: train{epochs=2}, fuse, qat{train=[train{epochs=1}]}",
+        ),
+        ("calibrate, fuse", "With quantize, which calibrate is a part of, this order would do: fuse, quantize"),
+        ("quantize, quantize", "Without pass 2 (quantize), this order would do: quantize"),
+    ],
+)
+def test_an_order_that_is_advised_is_accepted(written: str, advice: str) -> None:
+    with pytest.raises(PassOrderError) as caught:
+        fxc.compile(model(), written, X)
+    assert str(caught.value).endswith(advice)
+    order = advice.partition(": ")[2]
+    check_order(read_passes(order), Stage.FLOAT)
+
+
+def test_the_advice_holds_passes_of_the_users_own() -> None:
+    with pytest.raises(PassOrderError, match=r"With .*insert-observers, calibrate, convert-observed before it, this"):
+        fxc.compile(model(), [TakesQDQ()], X)
+    with pytest.raises(PassOrderError, match=r"would do: quantize$"):
+        fxc.compile(model(), [P.Quantize(), TakesQDQ()], X)
+
+
+@settings(deadline=None)  # the first look at the registry imports all passes
+@given(st.lists(st.sampled_from(sorted(NAMES)), min_size=1, max_size=5))
+def test_every_advice_is_accepted(names: list[str]) -> None:
+    try:
+        check_order(read_passes(names), Stage.FLOAT)
+    except PassOrderError as error:
+        order = str(error).partition("order would do: ")[2]
+        check_order(read_passes(order), Stage.FLOAT)
+        if " This order" in str(error):
+            assert sorted(map(str, read_passes(order))) == sorted(map(str, read_passes(names)))
+        else:
+            assert not any(accepted(tried) for tried in set(itertools.permutations(names)))
+
+
+def accepted(names: tuple[str, ...]) -> bool:
+    stage = Stage.FLOAT
+    for leaf in fxc.PassManager(list(names)).passes:
+        if stage not in leaf.requires:
+            return False
+        stage = leaf.produces or stage
+    return True
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
     [
         ([lambda g: g], "must be fxcompress.Pass objects or pipeline text, not function"),
         ([P.Fuse], r"Fuse is a class; make a pass of it: Fuse\(\.\.\.\)"),
         (7, "not int"),
     ],
 )
-def test_what_is_no_pass_is_refused(given: object, message: str) -> None:
+def test_what_is_no_pass_is_refused(passes: object, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        fxc.compile(model(), given, X)
+        fxc.compile(model(), passes, X)
 
 
 def test_unknown_target_is_refused() -> None:

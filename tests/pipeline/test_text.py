@@ -72,14 +72,14 @@ def test_options_are_read_by_name() -> None:
         ("prune-chanels{ratio=0.5}", "no pass named 'prune-chanels'; did you mean 'prune-channels'"),
         ("prune-channels{ration=0.5}", "no option 'ration'; did you mean 'ratio'"),
         ("tag-for-tests{loader=3}", "no option 'loader'"),
-        ("prune-channels{ratio=2}", "ratio must be at least 0 and below 1, not 2"),
+        ("prune-channels{ratio=2}", "^prune-channels: ratio must be at least 0 and below 1, not 2"),
         ("prune-channels{ratio=0.5", "found the end"),
         ("prune-channels{ratio 0.5}", "expected '=', found '0.5'"),
         ("fuse fuse", "expected ',' before 'fuse'"),
         ("fuse, ", "the name of a pass"),
         ("fuse; fuse", "unexpected character ';'"),
         ("prune-channels{ratio=0.5, ratio=0.6}", "given twice"),
-        ("prune-channels{}", "either a ratio or a budget"),
+        ("prune-channels{}", "^prune-channels takes either a ratio or a budget"),
     ],
 )
 def test_errors_say_what_and_where(text: str, message: str) -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fxcompress.emit.cpu_numbers import Kernel
+from fxcompress.emit.cpu_numbers import Kernel, broadcast, channels_last_strides
 from fxcompress.emit.native import memory, steps
 from fxcompress.emit.native.library import Library, library
 from fxcompress.emit.native.memory import SLACK, View
-from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
+from fxcompress.emit.native.paging import give_back, page_out
+from fxcompress.emit.native.planner import ELEMENTWISE, Plan, PythonCall, make_plan
+from fxcompress.graph import ops
+
+
+class Unplannable(Exception):
+    """The graph itself has to run: what it does depends on more than the shapes of its inputs."""
 
 
 class Cache:
@@ -25,11 +34,13 @@ class Cache:
         self.made: Executor | None = None
         self.useless = False
         self.layers: list[nn.Module] = []
+        self.parameters: list[nn.Parameter] = []
 
     def executor(self, graph_module: Any, arguments: tuple[Any, ...]) -> Executor | None:
         """Return what runs a graph on these arguments, or None if the graph itself shall.
 
-        That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, or a hook.
+        That is so where there are no kernels, nothing to run on them, or somebody looks on: a tracer, a hook, or
+        autograd.
         """
         if self.useless or graph_module.executor != "auto":
             return None
@@ -47,6 +58,8 @@ class Cache:
             return None
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
             return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
+            return None
         return self.made
 
     def _make(self, graph_module: fx.GraphModule) -> None:
@@ -54,6 +67,7 @@ class Cache:
         self.useless = kernels is None
         if kernels is not None:
             self.layers = [module for name, module in graph_module.named_modules() if name]
+            self.parameters = list(graph_module.parameters())
             self.made = Executor(graph_module, kernels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
@@ -79,32 +93,63 @@ class Executor:
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library
         self.packed: dict[Any, Any] = {}
-        self.plans: dict[Any, BoundPlan] = {}
+        self.paged: set[nn.Module] = set()
+        self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run on inputs of any shape; the arguments are those of the graph's placeholders."""
+        """Run on inputs of any shape; the arguments are those of the graph's placeholders.
+
+        Raises:
+            Unplannable: the graph itself has to run.
+        """
         inputs = _positional(self.graph_module, arguments, keywords) if keywords else list(arguments)
         leaves, structure = tree_flatten(inputs)
         key = (structure, *(_signature(leaf) for leaf in leaves))
-        plan = self.plans.get(key) or self._add(key, inputs)
-        return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        try:
+            known = key in self.plans
+        except TypeError:  # an argument that has no hash
+            raise Unplannable from None
+        plan = self.plans.get(key) if known else self._add(key, inputs)
+        if plan is None:
+            raise Unplannable
+        try:
+            return plan([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        except Unplannable:
+            self.plans[key] = None
+            raise
 
-    def _add(self, key: Any, inputs: list[Any]) -> BoundPlan:
+    def _add(self, key: Any, inputs: list[Any]) -> BoundPlan | None:
         """Plan for inputs of these shapes."""
-        inputs = _positional(self.graph_module, tuple(inputs), {})
-        plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
-        single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
+        bound: BoundPlan | None = None
+        with contextlib.suppress(Unplannable):
+            inputs = _positional(self.graph_module, tuple(inputs), {})
+            plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
+            single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
+            bound = BoundPlan(plan, self.library, single)
+            self._page_out()
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
-        self.plans[key] = bound = BoundPlan(plan, self.library, single)
+        self.plans[key] = bound
         return bound
+
+    def _page_out(self) -> None:
+        """Keep weights in memory once, as the kernels want them."""
+        layers = {key[0] if isinstance(key, tuple) else key for key in self.packed} - self.paged
+        for layer in layers:
+            if isinstance(layer, Kernel):
+                layer.repack()  # what the graph has prepared for itself
+                for buffer in layer.buffers(recurse=False):
+                    page_out(buffer)
+        self.paged |= layers
+        if layers:
+            give_back()
 
     def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
         """A plan for the first image of a batch, which will do for each of them."""
         one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
         try:
             plan = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
-        except Exception:  # sizes are written in the graph that fit no other batch
+        except Unplannable:  # sizes are written in the graph that fit no other batch
             return None
         return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
 
@@ -120,36 +165,46 @@ def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywor
 def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    return value
+    return type(value), value
 
 
 def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
     """Return what each node makes of these inputs, tensors without their memory.
 
-    Nothing is computed, unless a node needs to see real numbers.
+    Nothing is computed. A graph that asks for numbers, or makes tensors whose shapes depend on them, is refused.
+
+    Raises:
+        Unplannable: it is such a graph, or these are not inputs of it.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad():
-        try:
-            recorder = _Recorder(graph_module)
-            with mode:
-                recorder.run(*tree_map(lambda leaf: _faked(mode, leaf), list(inputs)))
-        except Exception:  # whatever a function of the user's makes of tensors without numbers
-            recorder = _Recorder(graph_module)
-            recorder.run(*inputs)
-    return recorder.values
+    for kind in (_MetaRecorder, _FakeRecorder):
+        recorder = kind(graph_module)
+        with torch.no_grad(), _silence(), contextlib.suppress(Exception):  # whatever users make of such tensors
+            recorder.record(inputs)
+            return recorder.values
+    raise Unplannable
 
 
-def _faked(mode: FakeTensorMode, value: Any) -> Any:
-    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch from logging errors that are expected."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node made."""
+    """Runs a graph and keeps what each node made, as tensors of the device "meta"."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.values: dict[fx.Node, Any] = {}
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        """Run on tensors without numbers."""
+        raise NotImplementedError
 
     def run_node(self, n: fx.Node) -> Any:
         output = super().run_node(n)
@@ -157,11 +212,67 @@ class _Recorder(fx.Interpreter):
         return output
 
 
+class _MetaRecorder(_Recorder):
+    """On tensors of the device "meta" throughout: it is quick, and loads no further parts of PyTorch."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        self.run(*tree_map(_without_memory, list(inputs)))
+
+    def fetch_attr(self, target: str) -> Any:
+        return _without_memory(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.cat:
+            return _joined(*args, **kwargs)
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        op = ops.BY_FUNCTION.get(target)
+        if op is not None and op.kind in ELEMENTWISE and all(one.dtype == torch.float32 for one in tensors):
+            shape = broadcast(*(one.shape for one in tensors))
+            return memory.meta_tensor(shape, torch.float32, channels_last_strides(shape) if len(shape) == 4 else None)
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: nn.Module = super().fetch_attr(target)
+        if isinstance(module, Kernel):
+            return module.outline(*args, **kwargs)
+        state = {name: _without_memory(one) for name, one in (*module.named_parameters(), *module.named_buffers())}
+        return functional_call(module, state, args, kwargs)
+
+
+class _FakeRecorder(_Recorder):
+    """On tensors that pretend to be on the CPU, for code that makes tensors there itself."""
+
+    def record(self, inputs: Sequence[Any]) -> None:
+        from torch._subclasses import fake_tensor  # loads much else
+
+        self.unset = fake_tensor.unset_fake_temporarily
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = [mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in tree_leaves(inputs)]
+            self.run(*tree_unflatten(faked, tree_structure(list(inputs))))
+
+    def run_node(self, n: fx.Node) -> Any:
+        output = fx.Interpreter.run_node(self, n)
+        with self.unset():
+            self.values[n] = tree_map(_without_memory, output)
+        return output
+
+
+def _joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """As `torch.cat`, which loads PyTorch's compiler on the device "meta"."""
+    pieces = [one for one in tensors if one.shape != (0,)] or list(tensors)
+    shape = list(pieces[0].shape)
+    others = [[size for i, size in enumerate(one.shape) if i != dim % len(shape)] for one in pieces]
+    if any(other != others[0] for other in others):
+        raise Unplannable
+    shape[dim] = sum(one.shape[dim] for one in pieces)
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in tensors))
+    return memory.meta_tensor(shape, dtype, channels_last_strides(shape) if len(shape) == 4 else None)
+
+
 def _without_memory(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    with unset_fake_temporarily():
-        return memory.meta_tensor(value.shape, value.dtype, value.stride())
+    return memory.meta_tensor(value.shape, value.dtype, value.stride())
 
 
 class BoundPlan:
@@ -206,11 +317,17 @@ class BoundPlan:
         with torch.no_grad():
             result = call.function(*arguments, **keywords)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if [_kind_of(tensor) for tensor in made] != [_kind_of(view.meta) for view in call.results]:
+            raise Unplannable  # a function whose results depend on more than shapes
         for view, tensor in zip(call.results, made, strict=True):
             if tensor.stride() != view.meta.stride() or room.holds(tensor):
                 tensor = torch.empty_strided(tensor.shape, view.meta.stride(), dtype=tensor.dtype).copy_(tensor)
             held[view.buffer.index] = tensor
             room.pointers[view.buffer.index] = tensor.data_ptr() - view.offset
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def images_of(plan: Plan) -> int:
@@ -222,6 +339,8 @@ def images_of(plan: Plan) -> int:
     found = {view.meta.shape[0] if view.meta.ndim else 0 for view in plan.inputs}
     images = found.pop() if len(found) == 1 else 1
     if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
+        return 1
+    if _reads_weights_for_few(plan, images):
         return 1
     for view in plan.views:
         if view.buffer.place == "constant":
@@ -237,6 +356,34 @@ def images_of(plan: Plan) -> int:
             return 1
     leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
     return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
+
+
+def _reads_weights_for_few(plan: Plan, images: int) -> bool:
+    """Whether most products are those of layers with a few rows in each image, and weights that are not near by.
+
+    They would be read for each image anew: for all images together they need to be read once.
+    """
+    few = products = weights = 0
+    for item in plan.items:
+        if isinstance(item, steps.Convolution):
+            rows = item.images * item.height * item.width
+            size = item.channels * item.rows_of_window * item.columns_of_window * item.run
+        elif isinstance(item, (steps.RowLinear, steps.WeightLinear)):
+            rows, depth = item.rows, item.run if isinstance(item, steps.RowLinear) else item.depth
+            size = item.channels * depth
+        else:
+            continue
+        products += rows * size
+        if rows < _FEW * images:
+            few, weights = few + rows * size, weights + size
+    return 2 * few > products and weights > _NEAR
+
+
+#: Rows of one tile: with fewer, a kernel does not make the most of the weights that it reads.
+_FEW = 6
+
+#: Bytes of weights that a core has at hand all the time.
+_NEAR = 64 << 10
 
 
 class _ImageByImage:
@@ -301,7 +448,6 @@ class _Memory:
         self.shift = self.start - self.arena.data_ptr()
         self.offsets = bound.offsets
         self.pointers = (ctypes.c_void_p * max(1, len(bound.plan.buffers)))()
-        self.views: dict[int, torch.Tensor] = {}
         for index, offset in bound.offsets.items():
             self.pointers[index] = self.start + offset
         self.constants = bound.plan.constants

@@ -27,7 +27,7 @@
 namespace {
 
 constexpr int64_t OUTSIDE = -(int64_t(1) << 40);  // a row or column in the padding; a sum with it is below zero
-constexpr int MAX_TAPS = 1024;
+constexpr int MAX_PLACES = 1024;  // of a window
 
 enum Kind : int64_t { FLOAT = 0, BYTES = 1 };
 enum Activation : int64_t { NONE = 0, CLAMP, HARDSWISH, SILU, GELU, GELU_TANH, LEAKY, TANH, SIGMOID, HARDSIGMOID };
@@ -88,8 +88,8 @@ struct Pooling {
     int64_t average;  // 0: maximum
     int64_t count_padding;
     int64_t source_zero;
-    double factor, shift;  // average: y = (sum / count - source_zero) * factor + shift, as finish.kind says
-    int64_t kind, zero, low, high;
+    double factor;  // average: y = (sum / count - source_zero) * factor, to bytes
+    int64_t zero, low, high;
 };
 
 // Real numbers to bytes, from any strides to N, H, W, C.
@@ -119,16 +119,17 @@ struct Fill {
 
 // One operand of a pointwise step.
 struct Operand {
-    int64_t shape;  // 0: a number for each element, 1: for each channel of each image, 2: for each channel, 3: one
+    int64_t shape;  // see below
     int64_t kind;
     Place place;
-    const float* numbers;  // shapes 2 and 3
-    double scale, shift;   // of bytes: real = byte * scale + shift
+    double scale, shift;  // of bytes: real = byte * scale + shift; of one number for all elements: the number
 };
 
+enum Shape : int64_t { ELEMENT = 0, IMAGE_CHANNEL, WHOLE };  // what there is a number for
+
 struct Operation {
-    int64_t code;  // see below
-    int64_t first, second;
+    int64_t code;           // see below
+    int64_t first, second;  // LOAD: operand; ACTIVATE: operation, activation; else: operations
     double argument0, argument1;
 };
 enum Code : int64_t { LOAD = 0, ADD, SUBTRACT, MULTIPLY, DIVIDE, ACTIVATE };
@@ -174,7 +175,50 @@ struct Product {
     double factor;
 };
 
-enum Op : int64_t { CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT };
+// A factor and a summand for each channel: bytes to real numbers and back to bytes.
+struct Affine {
+    int64_t op;
+    Place source, result;
+    int64_t images, pixels, channels;
+    double source_scale, source_shift;  // real = byte * source_scale + source_shift
+    const float* scale;                 // y = real * scale + shift; in chunks of 64 channels
+    const float* shift;
+    double inverse;
+    int64_t zero, low, high;
+};
+
+// Rows of real numbers to bytes, each on a grid of its own, which covers the row and zero.
+struct RowEntrance {
+    int64_t op;
+    Place source, result;
+    Place scales, zeros;  // of the rows: float and int32
+    int64_t rows, channels;
+    int64_t low, high;
+};
+
+// Rows of such bytes times weights: y = (sum - zero * sum of weights) * scale of the row * scale + bias, and so on.
+struct RowLinear {
+    int64_t op;
+    Place source, scales, zeros, result;
+    int64_t rows, channels, run;  // channels: of the result; run: bytes of a row, a multiple of 4
+    const int8_t* weights;        // as a convolution has them
+    const int32_t* sums;          // of the weights of each output channel, in whole vectors
+    Finish finish;
+};
+
+// Rows of real numbers times int8 weights, which become real numbers in registers.
+struct WeightLinear {
+    int64_t op;
+    Place source, result;
+    int64_t rows, channels, depth;
+    const int8_t* weights;  // (blocks of output channels, depth, channels of the block)
+    Finish finish;
+};
+
+enum Op : int64_t {
+    CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, ROW_ENTRANCE,
+    ROW_LINEAR, WEIGHT_LINEAR, AFFINE
+};
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -453,7 +497,7 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
     if (residual) residual += image * f.residual.image + pixel * f.residual.pixel;
     const int64_t* rows = c.rows + row * c.rows_of_window;
     const int64_t* columns = c.columns + column * c.columns_of_window;
-    const uint8_t* places[14 * MAX_TAPS];
+    const uint8_t* places[14 * MAX_PLACES];
     uint8_t* results[14];
     const uint8_t* residuals[14];
     for (int64_t i = 0; i < pieces; i++) {
@@ -677,11 +721,9 @@ void convolve_depthwise(const Depthwise& c, uint8_t* const* buffers, int thread,
 // -------------------------------------------------------------------------------------------------------- pooling
 
 void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
-    const int64_t size = c.kind == FLOAT ? 4 : 1, pixels = c.images * c.height * c.width;
-    const int64_t vectors = (c.channels + 15) / 16, wide = c.average ? 16 : 64;
+    const int64_t pixels = c.images * c.height * c.width, wide = c.average ? 16 : 64;
     const int64_t chunks = (c.channels + wide - 1) / wide, total = chunks * pixels;
     const Limits limits(1.0, c.zero, c.low, c.high);
-    (void)vectors;
     for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
         const int64_t pixel = work / chunks, chunk = work % chunks;
         const int64_t image = pixel / (c.height * c.width), row = pixel / c.width % c.height, column = pixel % c.width;
@@ -690,7 +732,7 @@ void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
         const int64_t* rows = c.rows + row * c.rows_of_window;
         const int64_t* columns = c.columns + column * c.columns_of_window;
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
-                      (row * c.width + column) * c.result.pixel + wide * chunk * size;
+                      (row * c.width + column) * c.result.pixel + wide * chunk;
         if (!c.average) {
             const __mmask64 mask = first_bytes(count);
             __m512i best = _mm512_setzero_si512();
@@ -718,14 +760,9 @@ void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
         const int64_t divisor = c.count_padding ? c.rows_of_window * c.columns_of_window : inside;
         const float zero = (float)(inside * c.source_zero), factor = (float)(c.factor / (double)divisor);
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(zero)), _mm512_set1_ps(factor));
-        if (c.kind == FLOAT) {
-            _mm512_mask_storeu_ps((float*)to, mask, y);
-        } else {
-            __m512i q[4] = {_mm512_cvtps_epi32(y), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                            _mm512_setzero_si512()};
-            __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
-            _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(bytes));
-        }
+        const __m512i nothing = _mm512_setzero_si512(), q[4] = {_mm512_cvtps_epi32(y), nothing, nothing, nothing};
+        const __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+        _mm_mask_storeu_epi8(to, mask, _mm512_castsi512_si128(bytes));
     }
 }
 
@@ -842,34 +879,29 @@ void fill(const Fill& c, uint8_t* const* buffers, int thread, int threads) {
 void load(const Operand& o, const uint8_t* base, int64_t image, int64_t pixel, int64_t pixels, int64_t channel,
           int64_t channels, float* to) {
     const int64_t count = pixels * channels;
-    if (o.shape == 3) {
-        for (int64_t i = 0; i < count; i++) to[i] = o.numbers[0];
+    if (o.shape == WHOLE) {
+        std::fill(to, to + count, (float)o.shift);
         return;
     }
-    for (int64_t p = 0; p < pixels; p++, to += channels) {
-        const int64_t width = o.shape == 0 && o.place.pixel == channels * (o.kind == FLOAT ? 4 : 1) ? count : channels;
-        if (o.shape == 2) {
-            std::memcpy(to, o.numbers + channel, 4 * channels);
-        } else {
-            const uint8_t* from = base + image * o.place.image + (o.shape == 0 ? (pixel + p) * o.place.pixel : 0) +
-                                  channel * (o.kind == FLOAT ? 4 : 1);
-            if (o.kind == FLOAT) {
-                std::memcpy(to, from, 4 * width);
-            } else {
-                const __m512 scale = _mm512_set1_ps((float)o.scale), shift = _mm512_set1_ps((float)o.shift);
-                for (int64_t i = 0; i < width; i += 16) {
-                    const __mmask16 mask = first_floats(width - i);
-                    __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i)));
-                    _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(x, scale, shift));
-                }
-            }
-            if (width == count && o.shape == 0) return;
+    const int64_t size = o.kind == FLOAT ? 4 : 1, step = o.shape == ELEMENT ? o.place.pixel : 0;
+    const int64_t width = step == channels * size ? count : channels;  // numbers that lie side by side
+    const uint8_t* from = base + image * o.place.image + pixel * step + channel * size;
+    for (int64_t done = 0; done < count; done += width, to += width, from += step) {
+        if (o.kind == FLOAT) {
+            std::memcpy(to, from, 4 * width);
+            continue;
+        }
+        const __m512 scale = _mm512_set1_ps((float)o.scale), shift = _mm512_set1_ps((float)o.shift);
+        for (int64_t i = 0; i < width; i += 16) {
+            const __mmask16 mask = first_floats(width - i);
+            __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from + i)));
+            _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(x, scale, shift));
         }
     }
 }
 
 void operate(const Operation& o, float registers[][CHUNK], float* to, int64_t count) {
-    const float *a = registers[o.first], *b = registers[o.second];
+    const float *a = registers[o.first], *b = o.code == ACTIVATE ? a : registers[o.second];
     for (int64_t i = 0; i < count; i += 16) {
         const __m512 x = _mm512_load_ps(a + i), y = _mm512_load_ps(b + i);
         __m512 z;
@@ -881,6 +913,17 @@ void operate(const Operation& o, float registers[][CHUNK], float* to, int64_t co
             default: z = activate(x, (int64_t)o.second, (float)o.argument0, (float)o.argument1);
         }
         _mm512_store_ps(to + i, z);
+    }
+}
+
+void to_bytes(const float* from, uint8_t* to, int64_t count, const Limits& limits) {
+    for (int64_t i = 0; i < count; i += 64) {
+        __m512i q[4];
+        UNROLL for (int v = 0; v < 4; v++) {
+            const __m512 x = _mm512_maskz_loadu_ps(first_floats(count - i - 16 * v), from + i + 16 * v);
+            q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
+        }
+        store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), count - i);
     }
 }
 
@@ -900,7 +943,7 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
             const Operation& o = c.operation[i];
             if (o.code == LOAD) {
                 const Operand& from = c.operand[o.first];
-                const uint8_t* base = from.shape < 2 ? buffers[from.place.buffer] + from.place.offset : nullptr;
+                const uint8_t* base = from.shape == WHOLE ? nullptr : buffers[from.place.buffer] + from.place.offset;
                 load(from, base, image, pixel, pixels, channel, channels, registers[i]);
             } else {
                 operate(o, registers, registers[i], count);
@@ -916,14 +959,31 @@ void pointwise(const Pointwise& c, uint8_t* const* buffers, int thread, int thre
                 std::memcpy(to, last, 4 * numbers);
                 continue;
             }
-            for (int64_t i = 0; i < numbers; i += 64) {
-                __m512i q[4];
-                UNROLL for (int v = 0; v < 4; v++) {
-                    const __m512 x = _mm512_maskz_loadu_ps(first_floats(numbers - i - 16 * v), last + i + 16 * v);
-                    q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
-                }
-                store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), numbers - i);
+            to_bytes(last, to, numbers, limits);
+        }
+    }
+}
+
+void affine(const Affine& c, uint8_t* const* buffers, int thread, int threads) {
+    const Limits limits(c.inverse, c.zero, c.low, c.high);
+    const __m512 source_scale = _mm512_set1_ps((float)c.source_scale), source_shift = _mm512_set1_ps((float)c.source_shift);
+    const int64_t total = c.images * c.pixels;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t image = work / c.pixels, pixel = work % c.pixels;
+        const uint8_t* from = buffers[c.source.buffer] + c.source.offset + image * c.source.image + pixel * c.source.pixel;
+        uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image + pixel * c.result.pixel;
+        for (int64_t i = 0; i < c.channels; i += 64) {
+            __m512i q[4];
+            UNROLL for (int v = 0; v < 4; v++) {
+                const int64_t at = i + 16 * v;
+                const __m128i bytes = c.channels >= at + 16 ? _mm_loadu_si128((const __m128i*)(from + at))
+                                                            : _mm_maskz_loadu_epi8(first_floats(c.channels - at), from + at);
+                __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+                x = _mm512_fmadd_ps(x, source_scale, source_shift);
+                x = _mm512_add_ps(_mm512_mul_ps(x, _mm512_load_ps(c.scale + at)), _mm512_load_ps(c.shift + at));
+                q[v] = to_integers(_mm512_mul_ps(x, limits.inverse));
             }
+            store_bytes(to + i, in_order(narrow(q, limits.zero, limits.low, limits.high)), c.channels - i);
         }
     }
 }
@@ -955,12 +1015,14 @@ void normalize(const Normalization& c, uint8_t* const* buffers, int thread, int 
     const Limits limits(c.inverse, c.zero, c.low, c.high);
     const int64_t size = c.kind == FLOAT ? 4 : 1, vectors = (c.channels + 15) / 16;
     const __mmask16 tail = first_floats(c.channels - 16 * (vectors - 1));
+    float* row_of_numbers = c.softmax && c.kind != FLOAT ? (float*)scratch(4 * c.channels) : nullptr;
     auto part = [&](int64_t v) -> __mmask16 { return v + 1 < vectors ? (__mmask16)0xFFFF : tail; };
     for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
         const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
         if (c.softmax) {
-            softmax(from, (float*)to, c.channels);
+            softmax(from, c.kind == FLOAT ? (float*)to : row_of_numbers, c.channels);
+            if (c.kind != FLOAT) to_bytes(row_of_numbers, to, c.channels, limits);
             continue;
         }
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
@@ -1057,6 +1119,189 @@ void multiply(const Product& c, uint8_t* const* buffers, int thread, int threads
     }
 }
 
+// ----------------------------------------------------------------------------- linear layers with real numbers as input
+
+// The grid of a row from its smallest and largest number, by the formulas of `quant/rows.py`, operation for operation.
+struct RowGrid {
+    float scale, inverse;
+    int32_t zero;
+    RowGrid(float low, float high, bool nan, int64_t first, int64_t last) {
+        constexpr float largest = 1.70141173e38f, smallest_scale = 1e-18f;
+        low = std::max(std::min(low, 0.0f), -largest);
+        high = std::min(std::max(high, 0.0f), largest);
+        scale = (high - low) / (float)(last - first);
+        scale = nan ? NAN : scale == 0.0f ? 1.0f : std::max(scale, smallest_scale);
+        inverse = 1.0f / scale;
+        const float exact = std::nearbyintf((float)first - low / scale);
+        zero = nan ? (int32_t)first : (int32_t)std::min(std::max(exact, (float)first), (float)last);
+    }
+};
+
+void enter_rows(const RowEntrance& c, uint8_t* const* buffers, int thread, int threads) {
+    for (int64_t row = c.rows * thread / threads; row < c.rows * (thread + 1) / threads; row++) {
+        const float* from = (const float*)(buffers[c.source.buffer] + c.source.offset + row * c.source.pixel);
+        __m512 low = _mm512_setzero_ps(), high = low;
+        __mmask16 nan = 0;
+        for (int64_t i = 0; i < c.channels; i += 16) {
+            const __m512 x = _mm512_maskz_loadu_ps(first_floats(c.channels - i), from + i);
+            low = _mm512_min_ps(x, low);
+            high = _mm512_max_ps(x, high);
+            nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        }
+        const RowGrid grid(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), nan != 0, c.low, c.high);
+        *(float*)(buffers[c.scales.buffer] + c.scales.offset + row * c.scales.pixel) = grid.scale;
+        *(int32_t*)(buffers[c.zeros.buffer] + c.zeros.offset + row * c.zeros.pixel) = grid.zero;
+        to_bytes(from, buffers[c.result.buffer] + c.result.offset + row * c.result.pixel, c.channels,
+                 Limits(grid.inverse, grid.zero, c.low, c.high));
+    }
+}
+
+// Scale, bias, residual, activation and storing of the products of one row with NB vectors of channels.
+template <int NB>
+void finish_row(const Finish& f, const Limits& limits, const float* products, float factor, int64_t channel,
+                int64_t count, uint8_t* result, const uint8_t* residual) {
+    __m512 y[4];
+    UNROLL for (int n = 0; n < 4; n++) {
+        y[n] = _mm512_setzero_ps();
+        if (n >= NB) continue;
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(f.scale + channel + 16 * n), _mm512_set1_ps(factor));
+        y[n] = _mm512_fmadd_ps(_mm512_load_ps(products + 16 * n), scale, _mm512_loadu_ps(f.bias + channel + 16 * n));
+        if (residual)
+            y[n] = _mm512_add_ps(y[n], residual_numbers(f, residual, channel + 16 * n, first_floats(count - 16 * n)));
+        if (f.activation != NONE) y[n] = activate(y[n], f.activation, (float)f.argument0, (float)f.argument1);
+        if (f.kind == FLOAT)
+            _mm512_mask_storeu_ps((float*)result + channel + 16 * n, first_floats(count - 16 * n), y[n]);
+    }
+    if (f.kind == FLOAT) return;
+    __m512i q[4];
+    UNROLL for (int n = 0; n < 4; n++) q[n] = to_integers(_mm512_mul_ps(y[n], limits.inverse));
+    store_bytes(result + channel, in_order(narrow(q, limits.zero, limits.low, limits.high)),
+                std::min<int64_t>(count, 16 * NB));
+}
+
+// Where a tile of rows lies, and the numbers of these rows.
+struct RowTile {
+    const uint8_t* source[14];
+    uint8_t* result[14];
+    const uint8_t* residual[14];
+    float scale[14];
+    int32_t zero[14];
+};
+
+template <int MR, int NB>
+__attribute__((noinline)) void row_tile(const RowLinear& c, const RowTile& at, const int8_t* weights,
+                                        const Limits& limits, int64_t channel, int64_t count) {
+    __m512i sums[MR][NB];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
+    const uint8_t* p[MR];
+    UNROLL for (int m = 0; m < MR; m++) p[m] = at.source[m];
+    for (int64_t k = 0; k < c.run; k += 4, weights += 64 * NB) {
+        __m512i w[NB];
+        UNROLL for (int n = 0; n < NB; n++) w[n] = _mm512_load_si512(weights + 64 * n);
+        UNROLL for (int m = 0; m < MR; m++) {
+            int32_t four;
+            std::memcpy(&four, p[m] + k, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], x, w[n]);
+        }
+    }
+    alignas(64) float made[MR][16 * NB];
+    UNROLL for (int m = 0; m < MR; m++) {
+        const __m512i zero = _mm512_set1_epi32(at.zero[m]);
+        UNROLL for (int n = 0; n < NB; n++) {
+            const __m512i shift = _mm512_mullo_epi32(zero, _mm512_load_si512(c.sums + channel + 16 * n));
+            _mm512_store_ps(made[m] + 16 * n, _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[m][n], shift)));
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        finish_row<NB>(c.finish, limits, made[m], at.scale[m], channel, count, at.result[m], at.residual[m]);
+}
+
+template <int MR, int NB>
+__attribute__((noinline)) void row_tile(const WeightLinear& c, const RowTile& at, const int8_t* weights,
+                                        const Limits& limits, int64_t channel, int64_t count) {
+    constexpr int CHAINS = MR * NB < 8 ? 2 : 1;  // of sums: few of them would wait for each other
+    __m512 sums[CHAINS][MR][NB];
+    UNROLL for (int i = 0; i < CHAINS; i++)
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[i][m][n] = _mm512_setzero_ps();
+    const float* p[MR];
+    UNROLL for (int m = 0; m < MR; m++) p[m] = (const float*)at.source[m];
+    auto add = [&](int64_t k, __m512 (*to)[NB]) __attribute__((always_inline)) {
+        __m512 w[NB];
+        UNROLL for (int n = 0; n < NB; n++)
+            w[n] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)(weights + k * 16 * NB) + n)));
+        UNROLL for (int m = 0; m < MR; m++) {
+            const __m512 x = _mm512_set1_ps(p[m][k]);
+            UNROLL for (int n = 0; n < NB; n++) to[m][n] = _mm512_fmadd_ps(x, w[n], to[m][n]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + CHAINS <= c.depth; k += CHAINS) UNROLL for (int i = 0; i < CHAINS; i++) add(k + i, sums[i]);
+    for (; k < c.depth; k++) add(k, sums[0]);
+    alignas(64) float made[MR][16 * NB];
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NB; n++)
+            _mm512_store_ps(made[m] + 16 * n,
+                            CHAINS == 1 ? sums[0][m][n] : _mm512_add_ps(sums[0][m][n], sums[CHAINS - 1][m][n]));
+    for (int m = 0; m < MR; m++)
+        finish_row<NB>(c.finish, limits, made[m], 1.0f, channel, count, at.result[m], at.residual[m]);
+}
+
+template <int NB, class Step>
+void row_tiles(const Step& c, int rows, const RowTile& at, const int8_t* weights, const Limits& limits, int64_t channel,
+               int64_t count) {
+    switch (rows) {
+#define CASE(MR) \
+    case MR: \
+        if constexpr (MR * NB <= 24) row_tile<MR, NB>(c, at, weights, limits, channel, count); \
+        return
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+        CASE(13); CASE(14);
+#undef CASE
+    }
+}
+
+INLINE void take_numbers(const RowLinear& c, uint8_t* const* buffers, int64_t row, int m, RowTile& at) {
+    at.scale[m] = *(const float*)(buffers[c.scales.buffer] + c.scales.offset + row * c.scales.pixel);
+    at.zero[m] = *(const int32_t*)(buffers[c.zeros.buffer] + c.zeros.offset + row * c.zeros.pixel);
+}
+INLINE void take_numbers(const WeightLinear&, uint8_t* const*, int64_t, int, RowTile&) {}
+
+// Threads share the blocks of channels, so that each reads its weights once; of the block between two, they share the
+// tiles of rows. run: bytes of an output channel's weights.
+template <class Step>
+void multiply_rows(const Step& c, int64_t run, uint8_t* const* buffers, int thread, int threads) {
+    const Finish& f = c.finish;
+    const Limits limits(f.inverse, f.zero, f.low, f.high);
+    const int64_t vectors = (c.channels + 15) / 16, blocks = (vectors + 3) / 4;
+    const int64_t tall = TILE[(vectors + blocks - 1) / blocks], tiles = (c.rows + tall - 1) / tall;
+    const int64_t total = blocks * tiles;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t b = work / tiles, t = work % tiles;
+        const int64_t vector = vectors / blocks * b + std::min(b, vectors % blocks);
+        const int64_t from = c.rows * t / tiles;
+        const int rows = (int)(c.rows * (t + 1) / tiles - from);
+        RowTile at;
+        for (int m = 0; m < rows; m++) {
+            const int64_t row = from + m;
+            at.source[m] = buffers[c.source.buffer] + c.source.offset + row * c.source.pixel;
+            at.result[m] = buffers[c.result.buffer] + c.result.offset + row * c.result.pixel;
+            at.residual[m] = nullptr;
+            if (f.residual_kind != -1)
+                at.residual[m] = buffers[f.residual.buffer] + f.residual.offset + row * f.residual.pixel;
+            take_numbers(c, buffers, row, m, at);
+        }
+        const int8_t* weights = c.weights + vector * run * 16;
+        const int64_t channel = 16 * vector, count = c.channels - channel;
+        switch (vectors / blocks + (b < vectors % blocks)) {
+            case 4: row_tiles<4>(c, rows, at, weights, limits, channel, count); break;
+            case 3: row_tiles<3>(c, rows, at, weights, limits, channel, count); break;
+            case 2: row_tiles<2>(c, rows, at, weights, limits, channel, count); break;
+            default: row_tiles<1>(c, rows, at, weights, limits, channel, count);
+        }
+    }
+}
+
 // Steps take a few microseconds, so that threads wait for each other awake; where there are more threads than cores,
 // one that waits for long makes room.
 struct Barrier {
@@ -1085,6 +1330,16 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case POINTWISE: return pointwise(*(const Pointwise*)step, buffers, thread, threads);
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
         case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
+        case AFFINE: return affine(*(const Affine*)step, buffers, thread, threads);
+        case ROW_ENTRANCE: return enter_rows(*(const RowEntrance*)step, buffers, thread, threads);
+        case ROW_LINEAR: {
+            const RowLinear& c = *(const RowLinear*)step;
+            return multiply_rows(c, c.run, buffers, thread, threads);
+        }
+        case WEIGHT_LINEAR: {
+            const WeightLinear& c = *(const WeightLinear*)step;
+            return multiply_rows(c, c.depth, buffers, thread, threads);
+        }
     }
 }
 
@@ -1104,6 +1359,10 @@ int64_t fxc_size(int64_t op) {
         case POINTWISE: return sizeof(Pointwise);
         case NORMALIZATION: return sizeof(Normalization);
         case PRODUCT: return sizeof(Product);
+        case AFFINE: return sizeof(Affine);
+        case ROW_ENTRANCE: return sizeof(RowEntrance);
+        case ROW_LINEAR: return sizeof(RowLinear);
+        case WEIGHT_LINEAR: return sizeof(WeightLinear);
     }
     return 0;
 }

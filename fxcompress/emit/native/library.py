@@ -1,12 +1,14 @@
 """The kernels' library: built from `kernels.cpp` by the machine's C++ compiler at the first use, and kept.
 
 The file lies in the user's cache (`$XDG_CACHE_HOME/fxcompress`), under a name made of the source, the compiler and the
-processor, so that it is built once for each of them. Without a compiler, or on a processor without AVX-512 VNNI, there
-is no library, and lowered graphs run node by node. `FXCOMPRESS_NATIVE=off` asks for that; `CXX` names a compiler.
+processor, so that it is built once for each of them; where the cache cannot be written, once for each process. Without
+a compiler, or on a processor without AVX-512 VNNI, there is no library, and lowered graphs run node by node.
+`FXCOMPRESS_NATIVE=off` asks for that; `CXX` names a compiler.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -93,14 +95,19 @@ def _file(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     ingredients = (_SOURCE.read_text(), version, " ".join(_FLAGS), repr(sorted(torch.cpu.get_capabilities().items())))
     digest = hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:20]
-    for folder in (_cache(), Path(tempfile.gettempdir()) / f"fxcompress-{os.getuid()}"):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = folder / f"kernels-{digest}.so"
-            if not path.exists():
-                _build(compiler, path)
-            return path
-    raise OSError("no folder to keep it in could be written")
+    with contextlib.suppress(OSError):
+        return _in_folder(_cache(), compiler, digest)
+    folder = tempfile.mkdtemp(prefix="fxcompress-")  # of this process alone: nobody else can put a library there
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return _in_folder(Path(folder), compiler, digest)
+
+
+def _in_folder(folder: Path, compiler: list[str], digest: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"kernels-{digest}.so"
+    if not path.exists():
+        _build(compiler, path)
+    return path
 
 
 def _cache() -> Path:

@@ -9,7 +9,7 @@ import torch
 
 ALIGNMENT = 64
 
-#: Bytes behind each buffer that kernels may read: the last four channels of a pixel are read at once.
+#: Bytes behind each buffer that kernels may read: four channels are read at once, and groups of them together.
 SLACK = 64
 
 

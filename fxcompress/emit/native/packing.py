@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fxcompress.emit.native.memory import SLACK
 from fxcompress.emit.native.steps import OUTSIDE
 
 #: Output channels of one vector, and bytes that one instruction multiplies with each.
@@ -53,13 +54,13 @@ def adaptive_windows(size: int, count: int, step: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def vectors(numbers: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Return one float32 number for each output channel, every `size` of them in whole vectors."""
+def vectors(numbers: torch.Tensor, size: int | None = None, lanes: int = LANES) -> torch.Tensor:
+    """Return one float32 number for each output channel, every `size` of them in whole vectors of `lanes` numbers."""
     size = len(numbers) if size is None else size
     groups = -(-len(numbers) // size)
     rows = torch.zeros(groups, size)
     rows.view(-1)[: len(numbers)] = numbers.detach().float()
-    padded = torch.zeros(groups, rounded_up(rows.shape[1], LANES))
+    padded = torch.zeros(groups, rounded_up(rows.shape[1], lanes))
     padded[:, : rows.shape[1]] = rows
     return aligned(padded)
 
@@ -88,6 +89,36 @@ def convolution(weights: torch.Tensor) -> torch.Tensor:
     return aligned(torch.cat(pieces, 1))
 
 
+def float_linear(weight: torch.Tensor) -> torch.Tensor:
+    """Pack an int8 weight (out features, in features) that is multiplied as real numbers.
+
+    Returns:
+        int8, flat: for each block and input feature, the weights of the block's output channels side by side.
+    """
+    padded = torch.zeros(rounded_up(len(weight), LANES), weight.shape[1], dtype=torch.int8)
+    padded[: len(weight)] = weight
+    rows = padded.split([LANES * wide for wide in blocks(len(weight))])
+    return aligned(torch.cat([block.t().flatten() for block in rows]))
+
+
+def integer_vectors(numbers: torch.Tensor) -> torch.Tensor:
+    """Return one int32 number for each output channel, in whole vectors."""
+    padded = torch.zeros(rounded_up(len(numbers), LANES), dtype=torch.int32)
+    padded[: len(numbers)] = numbers
+    return aligned(padded)
+
+
+def joined_groups(out_channels: int, group_in: int, groups: int) -> int:
+    """Return how many groups of a convolution are computed as one, so that they have a vector of output channels.
+
+    Where the groups cannot be divided by it, the last one reads past a pixel: not further than buffers have room for.
+    """
+    join = min(groups, -(-LANES // (out_channels // groups)))
+    if (rounded_up(groups, join) - groups) * group_in + DEPTH > SLACK:
+        join = max(number for number in range(1, join + 1) if groups % number == 0)
+    return join
+
+
 def merged_groups(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, int]:
     """Join groups of a grouped convolution until they have a vector of output channels; what they do not share is zero.
 
@@ -98,8 +129,7 @@ def merged_groups(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, int]
         (joined groups, out channels of a joined group, in channels of a joined group, places), and how many groups are
         one. The last one is filled up with zeros.
     """
-    out = weight.shape[0] // groups
-    join = min(groups, -(-LANES // out))
+    out, join = weight.shape[0] // groups, joined_groups(weight.shape[0], weight.shape[1], groups)
     split = weight.new_zeros(rounded_up(groups, join), out, *weight.shape[1:])
     split[:groups] = weight.view(groups, out, *weight.shape[1:])
     split = split.unflatten(0, (-1, join))

@@ -16,22 +16,29 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from fxcompress.emit.cpu_dynamic import MOST_FEATURES
 from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
+    Int8Affine,
     Int8AvgPool,
     Int8Conv,
-    Int8Layer,
+    Int8DynamicLinear,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
+    Int8WeightOnlyLinear,
     Quantize,
+    QuantizedLayer,
+    QuantizeRows,
     activation_of,
 )
-from fxcompress.emit.cpu_numbers import channels_last_strides, inverse
+from fxcompress.emit.cpu_numbers import broadcast, channels_last_strides, inverse
 from fxcompress.emit.native import packing, steps
 from fxcompress.emit.native.memory import Buffer, View, extent, meta_tensor
+from fxcompress.emit.native.slots import find_slots, joined
 from fxcompress.graph import edit, ops
+from fxcompress.quant.folding import scale_and_shift
 from fxcompress.quant.spec import Grid
 
 #: Kinds whose result is, or can be, a view of their input.
@@ -41,6 +48,12 @@ _VIEWS = frozenset(
 )  # fmt: skip
 
 _ARITHMETIC = {"add": steps.ADD, "sub": steps.SUBTRACT, "mul": steps.MULTIPLY, "div": steps.DIVIDE}
+
+#: Kinds that make one number of the numbers at each place.
+ELEMENTWISE = frozenset({
+    *_ARITHMETIC, "relu", "relu6", "hardtanh", "clamp", "gelu", "leaky_relu", "hardswish", "silu", "tanh", "sigmoid",
+    "hardsigmoid",
+})  # fmt: skip
 
 #: Tensors of which only the shape is not known.
 _FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
@@ -100,6 +113,8 @@ class _Planner:
         self.graph_module, self.recorded, self.packed = graph_module, recorded, packed
         self.plan = Plan()
         self.values: dict[fx.Node, Any] = {}
+        self.slots = find_slots(graph_module.graph, recorded)
+        self.wholes: dict[fx.Node, View] = {}
         self.node: fx.Node = next(iter(graph_module.graph.nodes))
 
     def run(self) -> Plan:
@@ -160,7 +175,8 @@ class _Planner:
             return self._view(node)
         if kind == "cat":
             given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
-            return self._cat(list(given["tensors"]), int(given["dim"]))
+            in_place = self._in_slot(node)
+            return in_place if in_place is not None else self._cat(list(given["tensors"]), int(given["dim"]))
         if kind in _MOVED:
             given = {name: self._arguments(value) for name, value in ops.arguments(node).items()}
             return _MOVED[kind](self, given)
@@ -236,6 +252,11 @@ class _Planner:
         """A new value; `images` for one whose channels shall lie side by side."""
         meta = meta_tensor(shape, dtype, channels_last_strides(shape) if images else None)
         return View(self._buffer("arena", extent(meta)), meta)
+
+    def _made(self, shape: Sequence[int], dtype: torch.dtype, images: bool = False) -> View:
+        """Where the value of the node itself goes: its slot if it has one."""
+        slot = self._slot(self.node) if images and dtype == torch.uint8 else None
+        return slot if slot is not None and list(slot.meta.shape) == list(shape) else self._new(shape, dtype, images)
 
     def _emit(self, step: steps.Step, *views: View) -> None:
         step.op = step.number
@@ -343,6 +364,29 @@ class _Planner:
             start += count
         return result
 
+    def _in_slot(self, node: fx.Node) -> View | None:
+        """A concatenation whose pieces were made in place, but for those that have to be copied."""
+        whole, start = self._slot(node), 0
+        if whole is None:
+            return None
+        for piece in joined(node, self.recorded):
+            view = self.values[piece]
+            slot = whole.other(whole.meta.narrow(1, start, view.meta.shape[1]))
+            if view.buffer is not slot.buffer or view.offset != slot.offset:
+                self._copy(view, slot)
+            start += view.meta.shape[1]
+        return whole
+
+    def _slot(self, node: fx.Node) -> View | None:
+        """The place of a value in the whole that it becomes a part of."""
+        slot = self.slots.get(node)
+        if slot is None:
+            return None
+        if slot.whole not in self.wholes:
+            self.wholes[slot.whole] = self._new(self.recorded[slot.whole].shape, torch.uint8, images=True)
+        whole = self.wholes[slot.whole]
+        return whole.other(whole.meta.narrow(1, slot.start, self.recorded[node].shape[1]))
+
     def _pad(self, given: dict[str, Any]) -> View:
         x, amounts, value = given["input"], list(given["pad"]), given["value"] or 0
         if not isinstance(x, View) or given["mode"] != "constant" or min(amounts, default=0) < 0:
@@ -384,13 +428,13 @@ class _Planner:
             self._copy(x.other(source), result.other(target))
         return result
 
-    def _image(self, view: View, room: int = 0) -> View:
-        """A value (images, channels, height, width) whose channels lie side by side, with `room` bytes behind it."""
+    def _image(self, view: View, room: bool = False) -> View:
+        """A value (images, channels, height, width) whose channels lie side by side, and with room behind it."""
         meta = view.meta
         if meta.ndim != 4 or meta.dtype != torch.uint8:
             raise Unplanned
-        outside = room > 0 and view.buffer.place != "arena"
-        if not outside and (meta.stride(1) == 1 or meta.shape[1] == 1):
+        moved = room and view.buffer.place != "arena"
+        if not moved and (meta.stride(1) == 1 or meta.shape[1] == 1):
             return view
         copy = self._new(meta.shape, meta.dtype, images=True)
         self._copy(view, copy)
@@ -412,6 +456,8 @@ class _Planner:
         if x.meta.ndim != 4 or x.meta.numel() == 0:
             raise Unplanned
         kernel, stride, padding, dilation = geometry
+        if math.prod(kernel) > steps.MAX_PLACES:
+            raise Unplanned
         shape = [x.meta.shape[0], module.out_channels]
         for index in range(2):
             reach = dilation[index] * (kernel[index] - 1) + 1
@@ -427,7 +473,9 @@ class _Planner:
         if in_rows:  # a row of the window is one run of bytes
             x, padding = self._padded(x, padding, module.input.zero_point), [0, 0]
         else:
-            x = self._image(x, channels % packing.DEPTH)
+            joined = packing.joined_groups(module.out_channels, channels, module.groups)
+            outside = packing.rounded_up(module.groups, joined) > module.groups or joined * channels % packing.DEPTH > 0
+            x = self._image(x, outside)
         key = (module, "rows" if in_rows else "taps")
         if key not in self.packed:
             self.packed[key] = _packed_convolution(module, kernel, in_rows)
@@ -446,8 +494,6 @@ class _Planner:
             weights=self._kept(weights), group_weights=weights.numel() // groups,
             finish=self._finish(module, scale, bias, residual),
         )  # fmt: skip
-        if kernel[0] * places > 1024:
-            raise Unplanned
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
@@ -503,7 +549,7 @@ class _Planner:
         shape = [*x.meta.shape[:-1], module.out_features]
         if x.meta.numel() == 0 or (residual is not None and list(residual.meta.shape) != shape):
             raise Unplanned
-        x, rows = self._rows(x, module.in_features % packing.DEPTH)
+        x, rows = self._rows(x, room=module.in_features % packing.DEPTH > 0)
         if residual is not None:
             residual, added = self._rows(residual)
         result = self._result(module, shape, residual)
@@ -531,10 +577,76 @@ class _Planner:
         self._emit(step, x, result, *([residual] if residual else []))
         return result
 
-    def _rows(self, view: View, room: int = 0) -> tuple[View, View]:
-        """A value (..., features) with `room` bytes behind it: as it is, and as (rows, features)."""
+    def _quantize_rows(self, module: QuantizeRows, x: View) -> tuple[View, View, View]:
+        if x.meta.dtype != torch.float32 or x.meta.numel() == 0:
+            raise Unplanned
+        q = self._new(x.meta.shape, torch.uint8)
+        scales, zeros = (self._new((*x.meta.shape[:-1], 1), dtype) for dtype in (torch.float32, torch.int32))
+        x, rows = self._rows(x)
+        step = steps.RowEntrance(
+            source=_rows_place(rows), result=steps.Place(q.buffer.index, 0, rows.meta.shape[1], 0),
+            scales=steps.Place(scales.buffer.index, 0, 4, 0), zeros=steps.Place(zeros.buffer.index, 0, 4, 0),
+            rows=rows.meta.shape[0], channels=rows.meta.shape[1], low=module.quant_min, high=module.quant_max,
+        )  # fmt: skip
+        self._emit(step, x, q, scales, zeros)
+        return q, scales, zeros
+
+    def _dynamic_linear(
+        self, module: Int8DynamicLinear, quantized: tuple[View, View, View], residual: View | None = None
+    ) -> View:
+        if module.in_features > MOST_FEATURES:
+            raise Unplanned
+        q, scales, zeros = quantized
+        if module not in self.packed:
+            weights = packing.convolution(module.weight[None, :, None, :])
+            self.packed[module] = (weights, *_scaled(module), packing.integer_vectors(module.column_sums()))
+        weights, bias, scale, sums = self.packed[module]
+        step = steps.RowLinear(
+            run=packing.rounded_up(module.in_features, packing.DEPTH), weights=self._kept(weights),
+            sums=self._kept(sums),
+        )  # fmt: skip
+        (scales, scale_rows), (zeros, zero_rows) = self._rows(scales), self._rows(zeros)
+        step.scales, step.zeros = _rows_place(scale_rows), _rows_place(zero_rows)
+        return self._multiplied_rows(module, step, q, residual, (scale, bias), scales, zeros)
+
+    def _weight_linear(self, module: Int8WeightOnlyLinear, x: View, residual: View | None = None) -> View:
+        if x.meta.dtype != torch.float32:
+            raise Unplanned
+        if module not in self.packed:
+            self.packed[module] = (packing.float_linear(module.weight), *_scaled(module))
+        weights, bias, scale = self.packed[module]
+        step = steps.WeightLinear(depth=module.in_features, weights=self._kept(weights))
+        return self._multiplied_rows(module, step, x, residual, (scale, bias))
+
+    def _multiplied_rows(
+        self,
+        module: QuantizedLayer,
+        step: steps.RowLinear | steps.WeightLinear,
+        x: View,
+        residual: View | None,
+        numbers: tuple[torch.Tensor, torch.Tensor],
+        *read: View,
+    ) -> View:
+        """Emit a step over rows once its places and its finish are filled in; `read` is what else it reads."""
+        shape = [*x.meta.shape[:-1], module.weight.shape[0]]
+        if x.meta.numel() == 0 or not module.weight.numel():
+            raise Unplanned
+        if residual is not None:
+            if list(residual.meta.shape) != shape:
+                raise Unplanned
+            residual, added = self._rows(residual)
+        x, rows = self._rows(x, room=x.meta.dtype == torch.uint8)
+        result = self._result(module, shape, residual)
+        step.source, step.result = _rows_place(rows), _rows_place(result)
+        step.rows, step.channels = rows.meta.shape[0], shape[-1]
+        step.finish = self._finish(module, *numbers, None if residual is None else added)
+        self._emit(step, x, result, *read, *([residual] if residual else []))
+        return result
+
+    def _rows(self, view: View, room: bool = False) -> tuple[View, View]:
+        """A value (..., features), with room behind it: as it is, and as (rows, features)."""
         self.plan.mixes |= view.meta.ndim < 2
-        if room == 0 or view.buffer.place == "arena":
+        if not room or view.buffer.place == "arena":
             flat = view.meta.reshape(-1, view.meta.shape[-1])
             shared = flat.untyped_storage()._cdata == view.meta.untyped_storage()._cdata
             if shared and (flat.stride(1) == 1 or flat.shape[1] == 1):
@@ -542,22 +654,17 @@ class _Planner:
         copy = self._contiguous(view)
         return copy, copy.other(copy.meta.view(-1, copy.meta.shape[-1]))
 
-    def _result(self, module: Int8Layer, shape: Sequence[int], residual: View | None) -> View:
+    def _result(self, module: QuantizedLayer, shape: Sequence[int], residual: View | None) -> View:
         dtype = torch.float32 if module.output is None else torch.uint8
-        strides = channels_last_strides(shape) if isinstance(module, Int8Conv) else None
-        fresh = meta_tensor(shape, dtype, strides)
-        if (
-            residual is not None
-            and module.overwrite
-            and residual.buffer.place == "arena"
-            and residual.meta.dtype == dtype
-            and residual.meta.stride() == fresh.stride()
-        ):
-            return residual
-        return View(self._buffer("arena", extent(fresh)), fresh)
+        if residual is not None and module.overwrite and residual.buffer.place == "arena":
+            strides = channels_last_strides(shape) if isinstance(module, Int8Conv) else None
+            fresh = meta_tensor(shape, dtype, strides)
+            if residual.meta.dtype == dtype and residual.meta.stride() == fresh.stride():
+                return residual
+        return self._made(shape, dtype, images=isinstance(module, Int8Conv))
 
     def _finish(
-        self, module: Int8Layer, scale: torch.Tensor, bias: torch.Tensor, residual: View | None
+        self, module: QuantizedLayer, scale: torch.Tensor, bias: torch.Tensor, residual: View | None
     ) -> steps.Finish:
         finish = steps.Finish(
             scale=self._kept(scale), bias=self._kept(bias), inverse=1.0, high=255, residual_kind=steps.NOTHING
@@ -579,7 +686,7 @@ class _Planner:
         elif word != "none":
             finish.activation, finish.argument0, finish.argument1 = _activation(word, arguments)
         if residual is not None:
-            finish.residual = _rows_place(residual) if isinstance(module, Int8Linear) else _place(residual)
+            finish.residual = _place(residual) if isinstance(module, Int8Conv) else _rows_place(residual)
             finish.residual_kind, finish.residual_scale = steps.FLOAT, 1.0
             if isinstance(module.residual, Grid):
                 finish.residual_kind, finish.residual_scale = steps.BYTES, module.residual.scale
@@ -593,13 +700,13 @@ class _Planner:
             raise Unplanned
         x = self._image(x)
         sizes, pads = module._geometry(x.meta)
-        result = self._new((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
+        result = self._made((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
         tables = [
             packing.windows(x.meta.shape[2 + i], module.kernel_size[i], module.stride[i], pads[i][0],
                             module.dilation[i], sizes[i], x.strides()[2 + i])
             for i in range(2)
         ]  # fmt: skip
-        self._pool(x, result, tables, steps.Pooling(kind=steps.BYTES, high=255))
+        self._pool(x, result, tables, steps.Pooling(high=255))
         return result
 
     def _avg_pool(self, module: Int8AvgPool, x: View) -> View:
@@ -607,9 +714,9 @@ class _Planner:
             raise Unplanned
         x = self._image(x)
         tables, sizes, count_padding = _average_windows(module, x)
-        result = self._new((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
+        result = self._made((*x.meta.shape[:2], *sizes), torch.uint8, images=True)
         step = steps.Pooling(
-            average=1, count_padding=count_padding, source_zero=module.input.zero_point, kind=steps.BYTES,
+            average=1, count_padding=count_padding, source_zero=module.input.zero_point,
             factor=module.input.scale * inverse(module.output.scale), zero=module.output.zero_point,
             low=module.output.quant_min, high=module.output.quant_max,
         )  # fmt: skip
@@ -635,10 +742,11 @@ class _Planner:
             return x.other(meta_tensor(meta.shape, torch.uint8, meta.stride()))
         images = meta.ndim == 4 and not meta.is_contiguous()
         images = images or (meta.ndim == 4 and x.buffer.place == "input")
-        result = self._new(meta.shape, torch.uint8, images=images)
-        if images and meta.stride() != result.meta.stride():
+        if images and meta.stride() != channels_last_strides(meta.shape):
+            result = self._new(meta.shape, torch.uint8, images=True)
             self._enter(x, result, module.grid)
         else:
+            result = self._made(meta.shape, torch.uint8, images=images)
             self._pointwise(result, module.grid, [(steps.LOAD, x, None)])
         return result
 
@@ -659,6 +767,8 @@ class _Planner:
         step.low, step.high = grid.quant_min, grid.quant_max
         step.result.pixel, step.result.image = step.result.pixel // 4, step.result.image // 4
         x.buffer.bytes //= 4
+        stored = x.other(meta_tensor(x.meta.shape, torch.uint8, x.meta.stride()))
+        self.plan.views = [stored if view.buffer is x.buffer else view for view in self.plan.views]
         return True
 
     def _only_read_here(self, node: fx.Node, buffer: Buffer) -> bool:
@@ -687,7 +797,7 @@ class _Planner:
         left, right = given["input"], given["other"]
         if not isinstance(left, View) or not isinstance(right, View) or min(left.meta.ndim, right.meta.ndim) < 2:
             raise Unplanned
-        outer = torch.broadcast_shapes(left.meta.shape[:-2], right.meta.shape[:-2])
+        outer = broadcast(left.meta.shape[:-2], right.meta.shape[:-2])
         result = self._new((*outer, left.meta.shape[-2], right.meta.shape[-1]), torch.float32)
         self._multiply(left, right, result, 1.0)
         return result
@@ -700,7 +810,7 @@ class _Planner:
         if query.meta.ndim != 4 or query.meta.shape[:2] != key.meta.shape[:2]:
             raise Unplanned
         images, heads, count, width = query.meta.shape
-        scale = given["scale"] or width**-0.5
+        scale = width**-0.5 if given["scale"] is None else given["scale"]
         scores = self._new((images, heads, count, key.meta.shape[2]), torch.float32)
         self._multiply(query, key.other(key.meta.transpose(2, 3)), scores, scale)
         weights = self._softmax({"input": scores, "dim": -1})
@@ -781,9 +891,9 @@ class _Planner:
         return self._stored(program, module.output, (left, right), relu=module.relu)
 
     def _stored(self, program: list[tuple[Any, ...]], grid: Grid, views: Sequence[View], relu: bool) -> View:
-        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        shape = broadcast(*(view.meta.shape for view in views))
         largest = max(views, key=lambda view: view.meta.numel())
-        result = self._new(shape, torch.uint8, images=_side_by_side(largest.meta))
+        result = self._made(shape, torch.uint8, images=_side_by_side(largest.meta))
         low = max(grid.quant_min, grid.zero_point) if relu else grid.quant_min
         self._pointwise(result, Grid(grid.scale, grid.zero_point, grid.quant_min, grid.quant_max), program, low)
         return result
@@ -792,13 +902,8 @@ class _Planner:
         if module.training or module.running_mean is None or x.meta.dtype != torch.float32:
             raise Unplanned
         if module not in self.packed:
-            scale = torch.rsqrt(module.running_var.double() + module.eps)
-            scale = scale * (1.0 if module.weight is None else module.weight.detach().double())
-            shift = -module.running_mean.double() * scale
-            shift = shift + (0.0 if module.bias is None else module.bias.detach().double())
-            self.packed[module] = (packing.vectors(scale), packing.vectors(shift))
-        images = _side_by_side(x.meta) or x.meta.ndim == 2
-        if not images:
+            self.packed[module] = [packing.vectors(part) for part in scale_and_shift(module)]
+        if not _side_by_side(x.meta) and x.meta.ndim != 2:
             raise Unplanned
         shape = (1, -1, *[1] * (x.meta.ndim - 2))
         scale, shift = (self._constant(part[: x.meta.shape[1]].view(shape)) for part in self.packed[module])
@@ -808,6 +913,25 @@ class _Planner:
             (steps.ADD, 2, 3),
         ]  # fmt: skip
         self._pointwise(result, None, program)
+        return result
+
+    def _affine(self, module: Int8Affine, x: View) -> View:
+        if x.meta.ndim not in (2, 4) or x.meta.numel() == 0:
+            raise Unplanned
+        x = self._image(x) if x.meta.ndim == 4 else self._rows(x)[0]
+        if module not in self.packed:
+            self.packed[module] = [packing.vectors(part, lanes=packing.CHUNK) for part in (module.scale, module.shift)]
+        scale, shift = self.packed[module]
+        source, grid = module.input, module.output
+        result = self._made(x.meta.shape, torch.uint8, images=x.meta.ndim == 4)
+        images, channels = (x.meta.shape[0], x.meta.shape[1]) if x.meta.ndim == 4 else (1, x.meta.shape[1])
+        step = steps.Affine(
+            source=_place(x), result=_place(result), images=images, pixels=x.meta.numel() // images // channels,
+            channels=channels, source_scale=source.scale, source_shift=-source.scale * source.zero_point,
+            scale=self._kept(scale), shift=self._kept(shift), inverse=inverse(grid.scale), zero=grid.zero_point,
+            low=max(grid.quant_min, grid.zero_point) if module.relu else grid.quant_min, high=grid.quant_max,
+        )  # fmt: skip
+        self._emit(step, x, result)
         return result
 
     def _function(self, node: fx.Node, kind: str) -> View:
@@ -829,7 +953,7 @@ class _Planner:
             program.append((_ARITHMETIC[kind], 0, 1))
         else:
             program.append((steps.ACTIVATE, 0, *_elementwise(kind, given)))
-        shape = torch.broadcast_shapes(*(view.meta.shape for view in views))
+        shape = broadcast(*(view.meta.shape for view in views))
         largest = max(views, key=lambda view: view.meta.numel())
         result = self._new(shape, torch.float32, images=_side_by_side(largest.meta))
         self._pointwise(result, None, program)
@@ -895,8 +1019,7 @@ class _Planner:
 
     def _operand(self, value: Any, grid: Grid | None, order: list[int], shape: torch.Size) -> steps.Operand:
         if not isinstance(value, View):
-            number = torch.tensor([float(value)])
-            return steps.Operand(shape=steps.WHOLE, numbers=self._kept(number))
+            return steps.Operand(shape=steps.WHOLE, shift=float(value))
         place, kind = _walk(value, order, shape)
         operand = steps.Operand(shape=kind, kind=steps.FLOAT, place=place)
         if value.meta.dtype == torch.uint8:
@@ -924,6 +1047,12 @@ def _packed_convolution(module: Int8Conv, kernel: Sequence[int], in_rows: bool) 
     bias = torch.zeros(module.out_channels) if bias is None else bias
     scale = module.weight_scale.double() * module.input.scale
     return packed, groups, group, run, packing.vectors(bias, group), packing.vectors(scale, group)
+
+
+def _scaled(module: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bias and scale of the output channels of a layer whose input has no scale of its own."""
+    bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
+    return packing.vectors(bias), packing.vectors(module.weight_scale)
 
 
 def _flat_geometry(module: Int8Conv) -> tuple[list[int], ...]:
@@ -1028,6 +1157,8 @@ def _elementwise(kind: str, given: dict[str, Any]) -> tuple[int, float, float]:
     """The number of an activation that stands by itself, and its arguments."""
     found = activation_of(kind, given)
     if found is None:
+        if kind not in ("sigmoid", "hardsigmoid"):  # the others have arguments that are not in `given` as numbers
+            raise Unplanned
         return _activation(kind, ())
     if found[0] == "clamp":
         low, high = found[1:]
@@ -1047,15 +1178,19 @@ _MOVED: dict[str, Callable[[_Planner, dict[str, Any]], View]] = {
     "attention": _Planner._attention,
 }
 
-_MODULES: dict[type[nn.Module], Callable[..., View]] = {
+_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     Int8Conv: _Planner._conv,
     Int8Linear: _Planner._linear,
+    QuantizeRows: _Planner._quantize_rows,
+    Int8DynamicLinear: _Planner._dynamic_linear,
+    Int8WeightOnlyLinear: _Planner._weight_linear,
     Int8MaxPool: _Planner._max_pool,
     Int8AvgPool: _Planner._avg_pool,
     Quantize: _Planner._quantize,
     Dequantize: _Planner._dequantize,
     Int8Add: _Planner._sum,
     Int8Mul: _Planner._product,
+    Int8Affine: _Planner._affine,
     nn.LayerNorm: _Planner._layer_norm,
     nn.BatchNorm1d: _Planner._batch_norm,
     nn.BatchNorm2d: _Planner._batch_norm,

@@ -16,11 +16,14 @@ ACTIVATIONS = {
     "hardsigmoid": 9,
 }  # fmt: skip
 
+#: Places that a window of a convolution may have.
+MAX_PLACES = 1024
+
 MAX_OPERANDS, MAX_OPERATIONS = 8, 24
 LOAD, ADD, SUBTRACT, MULTIPLY, DIVIDE, ACTIVATE = range(6)
 
 #: What an operand of a pointwise step has a number for.
-ELEMENT, IMAGE_CHANNEL, CHANNEL, WHOLE = range(4)
+ELEMENT, IMAGE_CHANNEL, WHOLE = range(3)
 
 _number, _real, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -80,8 +83,7 @@ class Pooling(Step):
         ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
         ("width", _number), ("channels", _number), ("rows_of_window", _number), ("columns_of_window", _number),
         ("rows", _pointer), ("columns", _pointer), ("average", _number), ("count_padding", _number),
-        ("source_zero", _number), ("factor", _real), ("shift", _real), ("kind", _number), ("zero", _number),
-        ("low", _number), ("high", _number),
+        ("source_zero", _number), ("factor", _real), ("zero", _number), ("low", _number), ("high", _number),
     )  # fmt: skip
 
 
@@ -118,8 +120,7 @@ class Operand(ctypes.Structure):
     """What a pointwise step reads."""
 
     _fields_ = (
-        ("shape", _number), ("kind", _number), ("place", Place), ("numbers", _pointer), ("scale", _real),
-        ("shift", _real),
+        ("shape", _number), ("kind", _number), ("place", Place), ("scale", _real), ("shift", _real),
     )  # fmt: skip
 
 
@@ -164,6 +165,48 @@ class Product(Step):
     )  # fmt: skip
 
 
+class RowEntrance(Step):
+    """Rows of real numbers to bytes, each on a grid of its own."""
+
+    number = 10
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("scales", Place), ("zeros", Place), ("rows", _number),
+        ("channels", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
+class RowLinear(Step):
+    """Linear layer on such rows."""
+
+    number = 11
+    _fields_ = (
+        ("op", _number), ("source", Place), ("scales", Place), ("zeros", Place), ("result", Place), ("rows", _number),
+        ("channels", _number), ("run", _number), ("weights", _pointer), ("sums", _pointer), ("finish", Finish),
+    )  # fmt: skip
+
+
+class WeightLinear(Step):
+    """Linear layer of real numbers with int8 weights."""
+
+    number = 12
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("rows", _number), ("channels", _number),
+        ("depth", _number), ("weights", _pointer), ("finish", Finish),
+    )  # fmt: skip
+
+
+class Affine(Step):
+    """A factor and a summand for each channel, of bytes."""
+
+    number = 13
+    _fields_ = (
+        ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("pixels", _number),
+        ("channels", _number), ("source_scale", _real), ("source_shift", _real), ("scale", _pointer),
+        ("shift", _pointer), ("inverse", _real), ("zero", _number), ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
 KINDS: tuple[type[Step], ...] = (
-    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product,
+    Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product, RowEntrance, RowLinear,
+    WeightLinear, Affine,
 )  # fmt: skip

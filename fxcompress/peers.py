@@ -1,29 +1,87 @@
-"""Other int8 engines as `fxcompress.bench` wants them, each with the settings that its own documentation recommends.
+"""Other int8 engines to compare with, each with the settings that its own documentation recommends.
 
-Each takes a float model and inputs, calibrates with the inputs, and returns what is timed. What an engine needs is
-imported when it is built, so that one that is not installed is a line in the table.
+Each takes a float model and inputs, calibrates with the inputs, and returns what is timed, as `fxcompress.bench` wants
+it. What an engine needs is imported when it is built, in the process that it has for itself.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxcompress.bench import channels_last
+from fxcompress.bench import Builder, Timing, channels_last
+from fxcompress.errors import MissingExtraError, OptionError, did_you_mean
 from fxcompress.graph.inputs import ExampleInputs
+
+#: Stands for all engines.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine of another project: its name in tables, how it is built, and the packages that it needs."""
+
+    title: str
+    build: Builder
+    packages: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> str | None:
+        """The first package that is not installed; None if the engine can be built."""
+        return next((name for name in self.packages if importlib.util.find_spec(name) is None), None)
+
+
+def find_peers(names: Iterable[str]) -> list[Peer]:
+    """Return engines by name; for "all", those whose packages are installed.
+
+    Raises:
+        OptionError: there is no engine of that name.
+        MissingExtraError: a package that it needs is not installed.
+    """
+    found: list[Peer] = []
+    for name in names:
+        if name == ALL:
+            found += [peer for peer in PEERS.values() if peer.missing is None]
+            continue
+        if name not in PEERS:
+            raise OptionError(f"there is no engine {name!r} to compare with{did_you_mean(name, [*PEERS, ALL])}")
+        peer = PEERS[name]
+        if peer.missing is not None:
+            raise MissingExtraError(peer.missing, "bench", peer.title)
+        found.append(peer)
+    return list(dict.fromkeys(found))
+
+
+def against_best(timings: Sequence[Timing], ours: str, peers: Iterable[str]) -> dict[int, float]:
+    """Return, for each batch size, our time over that of the fastest of the others, as the median over the rounds.
+
+    Args:
+        timings: of all engines. ours: the name of our engine. peers: names of the others.
+    """
+    names = set(peers)
+    found = {}
+    for own in timings:
+        others = [one.rounds for one in timings if one.engine in names and one.batch == own.batch and one.error is None]
+        if own.engine == ours and own.error is None and others:
+            best = [min(turn) for turn in zip(*others, strict=True)]
+            found[own.batch] = statistics.median(a / b for a, b in zip(own.rounds, best, strict=True))
+    return found
 
 
 def torch_ao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     """torch.ao's graph mode quantisation with its default numbers for x86."""
-    from torch.ao.quantization import get_default_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    from torch.ao.quantization import get_default_qconfig_mapping  # noqa: TID251 - it is what we compare with
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx  # noqa: TID251
 
     torch.backends.quantized.engine = "x86"
     prepared = prepare_fx(model.eval(), get_default_qconfig_mapping("x86"), inputs.args)
@@ -101,3 +159,12 @@ def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = ov.Core().compile_model(quantized, "CPU", hints).create_infer_request()
     return lambda: torch.from_numpy(request.infer(arguments, share_inputs=True, share_outputs=True)[0])
+
+
+#: Engines by the word that the command line has for them.
+PEERS: dict[str, Peer] = {
+    "onnxruntime": Peer("ONNX Runtime int8", onnx_runtime, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Peer("OpenVINO int8", openvino, ("openvino", "nncf")),
+    "torchao": Peer("torchao int8", torchao, ("torchao",)),
+    "torch-ao": Peer("torch.ao int8", torch_ao),
+}
