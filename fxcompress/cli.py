@@ -114,7 +114,10 @@ def recipes(
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="The artefact to write.")],
-    passes: Annotated[str, typer.Option(help="Pipeline text, or the name of a preset.")] = "int8",
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Pipeline text, or the name of a preset; int8 for CPUs, for GPUs what --dtype needs."),
+    ] = None,
     report: Annotated[
         list[str] | None,
         typer.Option(help="'text' prints the whole report; a path ending in .txt, .json or .html writes it."),
@@ -133,10 +136,14 @@ def compress(
     weights: Weights = None,
     classes: Classes = None,
     target: Annotated[str, typer.Option(help="What the result shall run on: cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="For --target cuda: fp16, bf16, int8 or fp8; layers that it slows stay fp16.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare outputs across passes that promise to be exact.")] = True,
     seed: Seed = 0,
 ) -> None:
     """Compile a model and save it."""
+    from fxcompress.pipeline.presets import passes_for
     from fxcompress.sources import find_calibration, find_model, named_value
 
     for destination in report or ():
@@ -146,12 +153,14 @@ def compress(
         _warn("calibration with random noise: scales fit no real data, and accuracy means nothing")
     for remark in source.remarks:
         _warn(remark)
-    _require_data(passes, calibration, train_data)
+    chosen = passes_for(passes, target, dtype)
+    _require_data(chosen, calibration, train_data)
     compact = fxcompress.compile(
         source.model,
-        passes,
+        chosen,
         source.example_inputs,
         target=target,
+        dtype=dtype,
         verify=verify,
         calibration=None if calibration is None else find_calibration(calibration, source.example_inputs),
         train_data=None if train_data is None else named_value(train_data),
@@ -167,11 +176,11 @@ def compress(
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
-def _require_data(text: str, calibration: str | None, train_data: str | None) -> None:
+def _require_data(passes: list[Pass], calibration: str | None, train_data: str | None) -> None:
     """Say which option of this command brings the data that a pipeline needs."""
     from fxcompress.pipeline.manager import PassManager
 
-    names = {item.name for item in PassManager(text).passes}
+    names = {item.name for item in PassManager(passes).passes}
     if "calibrate" in names and calibration is None and not names & {"train", "distill"}:
         raise InputError(
             "these passes need calibration data: give --calibration file.py:function, whose function returns batches "

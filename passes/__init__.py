@@ -20,6 +20,7 @@ from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.iterate import Iterate
 from fxcompress.passes.lower import Lower
+from fxcompress.passes.lower_float import LowerFloat
 from fxcompress.passes.mask_channels import MaskChannels
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.prune_channels import PruneChannels
@@ -46,6 +47,7 @@ __all__ = [
     "InsertObservers",
     "Iterate",
     "Lower",
+    "LowerFloat",
     "MaskChannels",
     "MaskWeights",
     "PruneChannels",

@@ -162,7 +162,8 @@ class InsertObservers(ObserverOptions):
         if self.qat:
             notes += join_batch_norms(graph_module, context.model).notes("not joined")
             notes += FuseActivation().run(graph_module, context).notes
-        reduced = not cpu_features().vnni if self.reduced_range is None else self.reduced_range
+        here = context.target == "cpu" and not cpu_features().vnni
+        reduced = here if self.reduced_range is None else self.reduced_range
         choose = chooser(self.qconfig, self._default_choice(reduced))
         ignored = matching_layers(graph_module, self.ignore)
 

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxcompress.emit.cuda import device
 from fxcompress.emit.native.library import unavailable
-from fxcompress.errors import UnsupportedError
 from fxcompress.graph.metadata import Stage
 from fxcompress.passes.lower_cpu_int8 import lower_cpu_int8
+from fxcompress.passes.lower_cuda import lower_cuda
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice
 
 _TARGETS = ("cpu", "cuda")
@@ -20,9 +21,10 @@ _TARGETS = ("cpu", "cuda")
 class Lower(Pass):
     """Give quantised layers, and what stands between them, to the kernels of a target.
 
-    For "cpu" see `lower_cpu_int8`. Parameters of layers that stay float no longer require gradients: a lowered graph is
-    for inference. `requires_grad_()` on some of them takes that back, and the graph then runs node by node wherever
-    gradients are recorded.
+    For "cpu" see `lower_cpu_int8`; for "cuda" see `lower_cuda`, which computes what is not quantised in 16 bits.
+    Parameters of layers that stay float no longer require gradients: a lowered graph is for inference.
+    `requires_grad_()` on some of them takes that back, and the graph then runs node by node wherever gradients are
+    recorded.
 
     Args:
         target: "cpu" or "cuda"; None takes the target of `fxcompress.compile`.
@@ -41,8 +43,9 @@ class Lower(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Lower to the target."""
         target = self.target or context.target
-        if target != "cpu":
-            raise UnsupportedError(f"there are no int8 kernels for target {target!r} yet; use target='cpu'")
+        if target == "cuda":
+            device.require()
+            return lower_cuda(graph_module, "int8", context.progress)
         result = lower_cpu_int8(graph_module)
         if result.modified:
             result.graph_module.requires_grad_(False)

@@ -54,13 +54,13 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
        input; an embedding becomes a table of bytes, the same as that of an output layer with the same weight.
     6. A residual whose memory nobody needs any more is overwritten by the sum.
     """
-    lowering = _Lowering(graph_module)
+    lowering = Int8Lowering(graph_module)
     edits = lowering.run()
     return PassResult(graph_module, edits > 0, edits, tuple(lowering.notes))
 
 
 @dataclass(frozen=True)
-class _Integers:
+class Integers:
     """A node of the new graph that holds integers, and the grid that they lie on."""
 
     node: fx.Node
@@ -68,7 +68,7 @@ class _Integers:
 
 
 @dataclass(frozen=True)
-class _Region:
+class Region:
     """A layer and what its kernel computes as well.
 
     layer: the node of the convolution or linear function. path: of the layer. mode: how it gets its input.
@@ -94,8 +94,11 @@ class _Region:
         return [node for node in (self.layer, self.add, self.activation_node, self.pair) if node is not None]
 
 
-class _Lowering:
-    """Builds the new graph node by node. Every old node has a float value, integers, or both, made when asked for."""
+class Int8Lowering:
+    """Builds the new graph node by node. Every old node has a float value, integers, or both, made when asked for.
+
+    What another target does in another way is a method of its own, see the first ones.
+    """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
@@ -103,7 +106,7 @@ class _Lowering:
         self.new = fx.Graph()
         self.new.set_codegen(self.old._codegen)
         self.floats: dict[fx.Node, fx.Node] = {}
-        self.integers: dict[fx.Node, _Integers] = {}
+        self.integers: dict[fx.Node, Integers] = {}
         self.rows: dict[fx.Node, fx.Node] = {}  # a rounding of rows -> its kernel, whose result has three tensors
         self.waiting: dict[fx.Node, Callable[[], None]] = {}  # last node of a rewrite -> what emits it
         self.skipped: set[fx.Node] = set()
@@ -111,6 +114,39 @@ class _Lowering:
         self.reserved = {str(node.target) for node in self.old.nodes if node.op in ("call_module", "get_attr")}
         self.tables: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # real, integers, scales
         self.notes: list[Note] = []
+
+    # What differs between targets
+
+    def quantize(self, grid: Grid) -> Kernel:
+        """Return the module that turns real numbers into integers."""
+        return Quantize(grid.config())
+
+    def dequantize(self, grid: Grid) -> Kernel:
+        """Return the module that turns integers into real numbers."""
+        return Dequantize(grid.config())
+
+    def integer(self, number: int) -> int:
+        """Return how an integer of a grid is written in tensors."""
+        return number
+
+    def activation(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """Return the activation that a node computes as a layer's kernel takes it; None if it does not."""
+        return kernel_activation(ops.kind(node), ops.arguments(node))
+
+    def max_pool(self, numbers: dict[str, list[int]], ceil_mode: bool) -> Kernel:
+        """Return the module of maxima over windows."""
+        return Int8MaxPool(**numbers, ceil_mode=ceil_mode)
+
+    def average(self, grid: Grid, output: Grid, kind: str, dimensions: int, arguments: dict[str, Any]) -> Kernel:
+        """Return the module of averages."""
+        return Int8AvgPool(grid.config(), output.config(), kind, dimensions, arguments)
+
+    def binary(self, kind: str, grids: list[Any], output: Grid, relu: bool) -> Kernel:
+        """Return the module of a sum or product; grids: of the operands, None for real ones."""
+        build = Int8Add if kind == "add" else Int8Mul
+        return build(grids[0], grids[1], output.config(), relu)
+
+    # The walk
 
     def run(self) -> int:
         """Build the graph, put it into the module, and return how many modules of kernels it has."""
@@ -147,8 +183,7 @@ class _Lowering:
     def _float(self, old: fx.Node) -> fx.Node:
         if old not in self.floats:
             held = self.integers[old]
-            module = Dequantize(held.grid.config())
-            self.floats[old] = self._call(f"{held.node.name}_dequantize", module, [held.node], old)
+            self.floats[old] = self._call(f"{held.node.name}_dequantize", self.dequantize(held.grid), [held.node], old)
         return self.floats[old]
 
     def _any(self, old: fx.Node) -> fx.Node:
@@ -205,7 +240,7 @@ class _Lowering:
     def _wait(self, last: fx.Node, emit: Callable[[], None]) -> None:
         self.waiting[last] = emit
 
-    def _region(self, layer: fx.Node) -> _Region | str:
+    def _region(self, layer: fx.Node) -> Region | str:
         """Return the layer alone, or why it cannot be 8-bit."""
         given = ops.arguments(layer)
         value, bias = given["input"], given["bias"]
@@ -219,7 +254,7 @@ class _Lowering:
             return found
         path, numbers = found
         real_bias = None if bias is None else edit.attribute(self.graph_module, str(bias.target)).detach().float()
-        return _Region(layer, path, *numbers, real_bias, mode)
+        return Region(layer, path, *numbers, real_bias, mode)
 
     def _weight(self, layer: fx.Node) -> tuple[str, tuple[torch.Tensor, torch.Tensor]] | str:
         """Return the path of a layer, its integers and their scales; or why it has none."""
@@ -254,29 +289,29 @@ class _Lowering:
         self.tables.append((real, *numbers))
         return numbers
 
-    def _extended(self, region: _Region) -> _Region:
+    def _extended(self, region: Region) -> Region:
         """Add what follows: a residual add, an activation, the quantisation of the result."""
         last, shape = region.layer, info(region.layer).value
-        follower = _only_reader(last)
+        follower = only_reader(last)
         if follower is not None and ops.kind(follower) == "add" and follower not in self.skipped:
             addend = _other_operand(follower, last)
             if addend is not None and info(addend).value == shape and isinstance(shape, TensorInfo):
                 region = replace(region, add=follower, addend=addend)
-                last, follower = follower, _only_reader(follower)
+                last, follower = follower, only_reader(follower)
         if follower is not None:
-            activation = kernel_activation(ops.kind(follower), ops.arguments(follower))
+            activation = self.activation(follower)
             if activation is not None:
                 region = replace(region, activation=activation, activation_node=follower)
-                last, follower = follower, _only_reader(follower)
-        if follower is not None and _is_pair(follower):
+                last, follower = follower, only_reader(follower)
+        if follower is not None and is_pair(follower):
             region = replace(region, pair=follower)
         return region
 
-    def _emit_layer(self, region: _Region) -> None:
+    def _emit_layer(self, region: Region) -> None:
         if region.addend is not None and region.pair is not None and region.addend not in self.integers:
             self._emit_apart(region)
             return
-        output = None if region.pair is None else _grid(region.pair)
+        output = None if region.pair is None else grid_of(region.pair)
         residual: Any = None
         inputs = [self._layer_input(region)]
         if region.addend is not None:
@@ -288,20 +323,20 @@ class _Lowering:
         self._hold(region.nodes[-1], node, output)
         self._note_layer(region, module)
 
-    def _layer_input(self, region: _Region) -> fx.Node:
+    def _layer_input(self, region: Region) -> fx.Node:
         value = ops.arguments(region.layer)["input"]
         if region.mode == STATIC:
             return self.integers[value].node
         return self.rows[value] if region.mode == DYNAMIC else self._float(value)
 
-    def _emit_apart(self, region: _Region) -> None:
+    def _emit_apart(self, region: Region) -> None:
         """A sum with a float value that is quantised afterwards: only the layer itself is 8-bit."""
         alone = replace(region, add=None, addend=None, activation=None, activation_node=None, pair=None)
         self._emit_layer(alone)
         for node in region.nodes[1:]:
             self._quantize(node) if node is region.pair else self._copy(node)
 
-    def _layer_module(self, region: _Region, output: Grid | None, residual: Any) -> QuantizedLayer:
+    def _layer_module(self, region: Region, output: Grid | None, residual: Any) -> QuantizedLayer:
         given = ops.arguments(region.layer)
         shared = {
             "bias": region.bias is not None,
@@ -317,8 +352,8 @@ class _Lowering:
             module = _LINEAR[region.mode](shape[1], shape[0], **shared)
         else:
             spatial = len(shape) - 2
-            stride, dilation = _numbers(given["stride"], spatial), _numbers(given["dilation"], spatial)
-            before, behind = _padding(given["padding"], shape[2:], dilation)
+            stride, dilation = numbers_of(given["stride"], spatial), numbers_of(given["dilation"], spatial)
+            before, behind = padding_of(given["padding"], shape[2:], dilation)
             groups = int(given["groups"])
             padding = before if before == behind else [0] * spatial
             module = Int8Conv(shape[1] * groups, shape[0], list(shape[2:]), stride, padding, dilation, groups, **shared)
@@ -339,22 +374,22 @@ class _Lowering:
         self.notes.append(Note(path, "int8 weight"))
         return True
 
-    def _padded(self, region: _Region, inputs: list[fx.Node]) -> list[fx.Node]:
+    def _padded(self, region: Region, inputs: list[fx.Node]) -> list[fx.Node]:
         """Pad in front of a convolution that wants more on one side than on the other."""
         if ops.kind(region.layer) == "linear_function":
             return inputs
         given = ops.arguments(region.layer)
         kernel = region.weight.shape[2:]
-        before, behind = _padding(given["padding"], kernel, _numbers(given["dilation"], len(kernel)))
+        before, behind = padding_of(given["padding"], kernel, numbers_of(given["dilation"], len(kernel)))
         if before == behind:
             return inputs
         amounts = [amount for pair in zip(reversed(before), reversed(behind), strict=True) for amount in pair]
-        zero_point = self.integers[given["input"]].grid.zero_point
+        zero_point = self.integer(self.integers[given["input"]].grid.zero_point)
         padded = self.new.call_function(F.pad, (inputs[0], amounts), {"value": zero_point})
         set_info(padded, layer=info(region.layer).layer)
         return [padded, *inputs[1:]]
 
-    def _note_layer(self, region: _Region, module: QuantizedLayer) -> None:
+    def _note_layer(self, region: Region, module: QuantizedLayer) -> None:
         features = cpu_features()
         text = _NOTES[region.mode]
         if region.mode == WEIGHT_ONLY:
@@ -373,12 +408,12 @@ class _Lowering:
 
     def _start_computing(self, node: fx.Node) -> bool:
         """Find out whether a node computes on integers, and wait for the quantisation of its result."""
-        last, relu = _only_reader(node), None
+        last, relu = only_reader(node), None
         if last is not None and ops.kind(node) in ("add", "batch_norm") and ops.kind(last) == "relu":
-            relu, last = last, _only_reader(last)
+            relu, last = last, only_reader(last)
         values = [value for value in node.all_input_nodes if value in self.integers]
         enough = len(values) >= 1 if ops.kind(node) == "mul" else len(values) == len(node.all_input_nodes)
-        if last is None or not _is_pair(last) or not enough:
+        if last is None or not is_pair(last) or not enough:
             return False
         pair = last
         if ops.kind(node) == "batch_norm" and cast("_BatchNorm", ops.submodule(node)).training:
@@ -392,14 +427,13 @@ class _Lowering:
         return True
 
     def _emit_computing(self, node: fx.Node, relu: fx.Node | None, pair: fx.Node) -> None:
-        output = _grid(pair)
+        output = grid_of(pair)
         given = ops.arguments(node)
         module: Kernel
         if ops.kind(node) in ("add", "mul"):
             operands = [given["input"], given["other"]]
             grids = [self.integers[value].grid.config() if value in self.integers else None for value in operands]
-            build = Int8Add if ops.kind(node) == "add" else Int8Mul
-            module = build(grids[0], grids[1], output.config(), relu is not None)
+            module = self.binary(ops.kind(node), grids, output, relu is not None)
             inputs = [self.integers[one].node if one in self.integers else self._float(one) for one in operands]
         elif ops.kind(node) == "batch_norm":
             held = self.integers[given["input"]]
@@ -413,7 +447,7 @@ class _Lowering:
             held = self.integers[given["input"]]
             dimensions = _SPATIAL.get(node.target, 0)
             rest = {name: value for name, value in given.items() if name not in ("input", "dtype")}
-            module = Int8AvgPool(held.grid.config(), output.config(), ops.kind(node), dimensions, rest)
+            module = self.average(held.grid, output, ops.kind(node), dimensions, rest)
             inputs = [held.node]
         result = self._call(node.name, module, inputs, node)
         self._hold(pair, result, output)
@@ -425,21 +459,21 @@ class _Lowering:
         if grid is None:
             self.floats[old] = new
         else:
-            self.integers[old] = _Integers(new, grid)
+            self.integers[old] = Integers(new, grid)
 
     # Quantisation, and numbers that only move
 
     def _quantize(self, pair: fx.Node) -> None:
         (value,) = pair.all_input_nodes
-        grid = _grid(pair)
+        grid = grid_of(pair)
         held = self.integers.get(value)
         if held is not None and held.grid == grid:
             self.integers[pair] = held
             return
         if value.op == "get_attr" and all(ops.kind(user).endswith("_function") for user in pair.users):
             return  # a weight: the layers that use it quantise it themselves
-        node = self._call(f"{value.name}_quantize", Quantize(grid.config()), [self._float(value)], value)
-        self.integers[pair] = _Integers(node, grid)
+        node = self._call(f"{value.name}_quantize", self.quantize(grid), [self._float(value)], value)
+        self.integers[pair] = Integers(node, grid)
 
     def _quantize_rows(self, pair: fx.Node) -> None:
         """Rows in both forms: integers, and real numbers for others than linear layers. What is not read goes later."""
@@ -464,7 +498,7 @@ class _Lowering:
         given = ops.arguments(node)
         if ops.kind(node) in ("max_pool", "adaptive_max_pool") and given["return_indices"]:
             return False
-        if ops.kind(node) == "adaptive_max_pool" and set(_numbers(given["output_size"], 1)) != {1}:
+        if ops.kind(node) == "adaptive_max_pool" and set(numbers_of(given["output_size"], 1)) != {1}:
             return False
         if ops.kind(node) == "interpolate" and not str(given["mode"]).startswith("nearest"):
             return False
@@ -475,7 +509,7 @@ class _Lowering:
 
     def _move(self, node: fx.Node) -> None:
         copy = self.new.node_copy(node, self._integers_or_float)
-        self.integers[node] = _Integers(copy, self._grid_of_inputs(node))
+        self.integers[node] = Integers(copy, self._grid_of_inputs(node))
         self._note_moved(node)
 
     def _integers_or_float(self, old: fx.Node) -> fx.Node:
@@ -492,20 +526,20 @@ class _Lowering:
         held = self.integers[node.all_input_nodes[0]]
         given = ops.arguments(node)
         amounts = fx.map_arg(given["pad"], self._integers_or_float)
-        new = self.new.call_function(F.pad, (held.node, amounts), {"value": held.grid.zero_point})
+        new = self.new.call_function(F.pad, (held.node, amounts), {"value": self.integer(held.grid.zero_point)})
         set_info(new, layer=info(node).layer)
-        self.integers[node] = _Integers(new, held.grid)
+        self.integers[node] = Integers(new, held.grid)
         self._note_moved(node)
 
     def _max_pool(self, node: fx.Node) -> None:
         held = self.integers[node.all_input_nodes[0]]
         given = ops.arguments(node)
         numbers = {
-            name: _numbers(given["kernel_size"] if given[name] is None else given[name], _SPATIAL[node.target])
+            name: numbers_of(given["kernel_size"] if given[name] is None else given[name], _SPATIAL[node.target])
             for name in ("kernel_size", "stride", "padding", "dilation")
         }
-        module = Int8MaxPool(**numbers, ceil_mode=bool(given["ceil_mode"]))
-        self.integers[node] = _Integers(self._call(node.name, module, [held.node], node), held.grid)
+        module = self.max_pool(numbers, bool(given["ceil_mode"]))
+        self.integers[node] = Integers(self._call(node.name, module, [held.node], node), held.grid)
         self._note_moved(node)
 
     def _global_max(self, node: fx.Node) -> None:
@@ -513,7 +547,7 @@ class _Lowering:
         axes = list(range(-_SPATIAL[node.target], 0))
         new = self.new.call_function(torch.amax, (held.node, axes), {"keepdim": True})
         set_info(new, layer=info(node).layer)
-        self.integers[node] = _Integers(new, held.grid)
+        self.integers[node] = Integers(new, held.grid)
         self._note_moved(node)
 
     # The end
@@ -583,32 +617,34 @@ _SPATIAL: dict[Any, int] = {
 _COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
 
 #: What becomes of operators that move numbers only.
-_MOVERS: dict[str, Callable[[_Lowering, fx.Node], None]] = {
+_MOVERS: dict[str, Callable[[Int8Lowering, fx.Node], None]] = {
     **dict.fromkeys(
         ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "split", "chunk", "unbind",
          "narrow", "select", "index_select", "unflatten", "flip", "roll", "pixel_shuffle", "pixel_unshuffle",
          "channel_shuffle", "cat", "stack", "expand", "expand_as", "repeat", "broadcast_to", "view_as", "identity",
          "amax", "interpolate"),
-        _Lowering._move,
+        Int8Lowering._move,
     ),
-    "dropout": _Lowering._alias,
-    "pad": _Lowering._pad,
-    "max_pool": _Lowering._max_pool,
-    "adaptive_max_pool": _Lowering._global_max,
+    "dropout": Int8Lowering._alias,
+    "pad": Int8Lowering._pad,
+    "max_pool": Int8Lowering._max_pool,
+    "adaptive_max_pool": Int8Lowering._global_max,
 }  # fmt: skip
 
 
-def _is_pair(node: fx.Node) -> bool:
+def is_pair(node: fx.Node) -> bool:
+    """Whether a node is a quantise-dequantise pair of a value."""
     return ops.kind(node) == "fake_quantize" and isinstance(node.args[1], float)
 
 
-def _grid(pair: fx.Node) -> Grid:
-    """The grid of a quantise-dequantise pair, in unsigned numbers."""
+def grid_of(pair: fx.Node) -> Grid:
+    """Return the grid of a quantise-dequantise pair, in unsigned numbers."""
     given = ops.arguments(pair)
     return Grid.unsigned(given["scale"], given["zero_point"], given["quant_min"], given["quant_max"])
 
 
-def _only_reader(node: fx.Node) -> fx.Node | None:
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """Return the node that reads another one, if there is one only."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -624,15 +660,16 @@ def _is_float_tensor(node: fx.Node) -> bool:
     return any(value.dtype.is_floating_point for value in tensors(info(node).value))
 
 
-def _numbers(value: Any, count: int) -> list[int]:
+def numbers_of(value: Any, count: int) -> list[int]:
+    """Return one number for each of `count` dimensions."""
     return [int(value)] * count if isinstance(value, int) else [int(one) for one in value]
 
 
-def _padding(padding: Any, kernel: torch.Size, dilation: list[int]) -> tuple[list[int], list[int]]:
-    """The padding before and behind each spatial dimension."""
+def padding_of(padding: Any, kernel: torch.Size, dilation: list[int]) -> tuple[list[int], list[int]]:
+    """Return the padding before and behind each spatial dimension."""
     if padding == "valid":
         padding = 0
     if padding == "same":
         total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
         return [amount // 2 for amount in total], [amount - amount // 2 for amount in total]
-    return _numbers(padding, len(kernel)), _numbers(padding, len(kernel))
+    return numbers_of(padding, len(kernel)), numbers_of(padding, len(kernel))

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._compile import _disable_dynamo
 
 from fxcompress.emit.cpu_numbers import Kernel, has_kernels
+from fxcompress.emit.cuda.graphs import Replays
 from fxcompress.emit.grid_state import NumbersInState, numbers_of_graph, take_numbers_of_graph
 from fxcompress.emit.input_errors import FAILURES, explain
 from fxcompress.emit.native.executor import Cache, Unplannable
@@ -31,8 +32,9 @@ EXECUTORS = ("auto", "graph")
 class CompactModule(NumbersInState, fx.GraphModule):
     """A compiled model. It is called as the model was, trains and moves like any module, and its code can be read.
 
-    A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; the
-    graph stays what it is, to be read, saved and run node by node.
+    A lowered graph is run by our own kernels where there are some (see `emit.native`), without Python between them; one
+    for GPUs is recorded and replayed (see `emit.cuda.graphs`). The graph stays what it is, to be read, saved and run
+    node by node.
 
     Attributes:
         report: what every pass did, and what was left alone and why; None for a module made by hand.
@@ -90,10 +92,12 @@ class CompactModule(NumbersInState, fx.GraphModule):
         """Generate the code anew, and put the kernels in front of it."""
         code = super().recompile()
         run_graph = type(self).forward
-        self._native = Cache()
+        self._forget_plans()
 
         @functools.wraps(run_graph)
         def forward(self: CompactModule, *arguments: Any, **keywords: Any) -> Any:
+            if self._replays.takes(self):
+                return self._replays.run(self, run_graph, arguments, keywords)
             native = self._native.executor(self, (*arguments, *keywords.values()))
             if native is not None:
                 with contextlib.suppress(Unplannable):
@@ -103,21 +107,29 @@ class CompactModule(NumbersInState, fx.GraphModule):
         type(self).forward = forward  # fx gives every instance a class of its own
         return code
 
+    def _forget_plans(self) -> None:
+        self._native, self._replays = Cache(), Replays()
+
     def repack(self) -> None:
         """Forget what was derived from the tensors. To be called after changing them in place."""
-        self._native = Cache()
+        self._forget_plans()
         for module in self.modules():
             if isinstance(module, Kernel):
                 module.repack()
 
     def train(self, mode: bool = True) -> CompactModule:
         """As in `nn.Module`."""
-        self._native = Cache()
+        self._forget_plans()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._native = Cache()
+        self._forget_plans()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `nn.Module`."""
+        self._forget_plans()
+        return super().load_state_dict(*args, **kwargs)
 
     def state_numbers(self) -> dict[str, list[float]]:
         """Return the numbers of grids that are written in the graph; a float graph has none."""

@@ -18,6 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxcompress.emit import cpu_int8
+from fxcompress.emit.cuda import layers as cuda_layers
+from fxcompress.emit.cuda import pointwise as cuda_pointwise
 from fxcompress.errors import ArtifactError
 from fxcompress.graph import modules as graph_modules
 from fxcompress.graph import ops
@@ -283,7 +285,7 @@ def _known_functions() -> dict[str, Function]:
 
 
 def _own_modules() -> dict[str, type[nn.Module]]:
-    return {**graph_modules.MODULES, **cpu_int8.MODULES}
+    return {**graph_modules.MODULES, **cpu_int8.MODULES, **cuda_layers.MODULES, **cuda_pointwise.MODULES}
 
 
 def _shorten(value: object) -> str:

@@ -82,6 +82,7 @@ class PassContext:
     example_inputs: the inputs that the model was traced with.
     resources: data given to `compile`, by name: "calibration", "train_data".
     target: "cpu" or "cuda".
+    dtype: what a GPU shall compute with, where the passes do not say: "fp16", "bf16", "int8" or "fp8".
     reference: the captured float graph before the first pass (the default teacher of `Distill`), when it was kept.
     progress: called as progress(description, done, total) during long work.
     model: the caller's model, which no pass changes, where it is known.
@@ -97,6 +98,7 @@ class PassContext:
     model: nn.Module | None = None
     whole: Whole | None = None
     runs: dict[str, int] = field(default_factory=dict)
+    dtype: str | None = None
 
     def run_name(self, pass_name: str) -> str:
         """Return a name for one run of a pass, "train-1", "train-2": the same for the same run of the same pipeline.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fxcompress.errors import OptionError
+from fxcompress.graph.metadata import Stage
 from fxcompress.pipeline.base import Pass
 from fxcompress.pipeline.text import parse
 
@@ -41,6 +42,31 @@ def read_passes(given: object) -> list[Pass]:
         else:
             raise OptionError(_not_a_pass(item))
     return passes
+
+
+def passes_for(given: object, target: str, dtype: str | None) -> list[Pass]:
+    """Return the passes to run for a target, with those behind them that choose what a GPU computes with.
+
+    Args:
+        given: as `read_passes` takes it; None for a default.
+        target: "cpu" or "cuda".
+        dtype: "fp16", "bf16", "int8", "fp8", or None: fp16 unless the passes quantise.
+    """
+    if target != "cuda":
+        return read_passes("int8" if given is None else given)
+    passes = read_passes("fuse" if given is None else given)
+    made = [part.produces for item in passes for part in item.parts()]
+    if Stage.LOWERED in made:
+        if dtype not in (None, "int8") and Stage.QDQ in made:
+            raise OptionError(
+                f"these passes quantise to int8, but dtype={dtype!r} was asked for; leave one of both out"
+            )
+        return passes
+    if Stage.QDQ in made:
+        return [*passes, *parse("lower")]
+    if not any(item.name == "fuse" for item in passes):
+        passes += parse("fuse")
+    return passes + parse("quantize" if dtype == "int8" else "lower-float")
 
 
 def _not_a_pass(item: object) -> str:

@@ -26,6 +26,7 @@ BUILT_IN: dict[str, str] = {
     "calibrate": "calibrate:Calibrate",
     "convert-observed": "convert_observed:ConvertObserved",
     "lower": "lower:Lower",
+    "lower-float": "lower_float:LowerFloat",
     "quantize": "quantize:Quantize",
     "qat": "qat:QAT",
     "train": "train:Train",
