@@ -59,8 +59,8 @@ def peer(study: Study, name: str, macs: int) -> Row:
     """Prune with Torch-Pruning to a number of MACs, and fine-tune as the recipe does."""
     started = time.perf_counter()
     ratio, pruned = nearest(study, PEERS[name], macs)
-    tail = [item for item in prepared(RECIPES[OPPONENT].passes, seed=study.seed, epochs=study.epochs)
-            if item.name != "prune-channels"]  # fmt: skip
+    own = prepared(RECIPES[OPPONENT].passes, seed=study.seed, epochs=study.epochs, teacher=study.model)
+    tail = [item for item in own if item.name != "prune-channels"]
     compact = study.compile(pruned, tail)
     text = f"torch_pruning.MagnitudePruner(p=2, global_pruning={PEERS[name]}, pruning_ratio={ratio:.4f}), "
     return study.measure(name, text + print_pipeline(tail), compact, time.perf_counter() - started, None)

@@ -87,8 +87,8 @@ _RECIPES = (
     ),
     Recipe(
         "half-macs",
-        "Channels are removed until half of the multiplications are left, layers being compared with each other.",
-        "prune-channels{budget=macs:0.5}, train{epochs=4, learning_rate=0.001, schedule=cosine}, fuse",
+        "Channels are removed until half of the multiplications are left; the rest follows the uncompressed network.",
+        "prune-channels{budget=macs:0.5}, distill{epochs=6, learning_rate=0.002, schedule=cosine, alpha=0.9}, fuse",
     ),
     Recipe(
         "quarter-macs",

@@ -326,7 +326,8 @@ def test_recipes_are_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = output.splitlines()
     assert lines[0] == "qat"
     assert parse(lines[2]) == parse(RECIPES["qat"].passes)
-    assert "P.QAT(train=P.Train(epochs=2" in output
+    assert "P.QAT(train=P.Train(" in output
+    assert "learning_rate=3e-05, schedule='cosine'" in output
     assert "unstructured" not in output
 
 
