@@ -1,7 +1,5 @@
 """fxcompress: a compiler that makes trained PyTorch models small and fast."""
 
-from types import ModuleType
-
 from fxcompress import errors
 from fxcompress.analysis.budget import Budget, Bytes, Latency, MACs, Parameters
 from fxcompress.analysis.sensitivity import Sensitivity, sensitivity
@@ -39,12 +37,3 @@ __all__ = [
     "sensitivity",
     "trace",
 ]
-
-
-def __getattr__(name: str) -> ModuleType:
-    """Import `fxcompress.passes` when it is first asked for: the engine works without it."""
-    if name == "passes":
-        import importlib
-
-        return importlib.import_module("fxcompress.passes")
-    raise AttributeError(f"module 'fxcompress' has no attribute {name!r}")

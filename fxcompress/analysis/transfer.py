@@ -121,7 +121,10 @@ def _check_sizes(node: fx.Node, made: Any) -> None:
     sizes = tuple(len(axis) if isinstance(axis, Axis) else None for axis in made) if isinstance(made, tuple) else None
     if not isinstance(value, TensorInfo) or sizes is None:
         return
-    if len(sizes) != len(value.shape) or any(one not in (None, size) for one, size in zip(sizes, value.shape)):  # noqa: B905
+    fits = len(sizes) == len(value.shape) and all(
+        one in (None, size) for one, size in zip(sizes, value.shape, strict=True)
+    )
+    if not fits:
         name = str(getattr(node.target, "__name__", node.target))
         raise PassError(
             f"the channel rule for {name} ({node.name}) returned axes of the sizes {sizes}, but {node.name} has shape "

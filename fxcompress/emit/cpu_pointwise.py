@@ -21,14 +21,10 @@ from fxcompress.emit.cpu_numbers import (
     real,
     without_kernels,
 )
+from fxcompress.emit.pooling import AVERAGES, MaxPool
 from fxcompress.errors import InputError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import Grid
-
-_AVERAGES: dict[str, dict[int, Callable[..., torch.Tensor]]] = {
-    "avg_pool": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
-    "adaptive_avg_pool": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
-}
 
 
 class _Binary(Kernel):
@@ -170,37 +166,14 @@ class Int8Affine(Kernel):
         return integers(result.relu_() if self.relu else result, self.output)
 
 
-class Int8MaxPool(Kernel):
+class Int8MaxPool(MaxPool):
     """Maximum over windows of uint8 numbers, on the grid of the input: one dimension after the other.
 
     Args:
-        kernel_size, stride, padding, dilation: one number for each spatial dimension.
-        ceil_mode: as in `torch.nn.MaxPool2d`.
+        kernel_size, stride, padding, dilation, ceil_mode: see `MaxPool`.
     """
 
-    def __init__(
-        self,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        ceil_mode: bool,
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
-        self.ceil_mode = bool(ceil_mode)
-        self._run: onednn.Run | None = None  # derived at the first call
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "ceil_mode": self.ceil_mode,
-        }
+    _run: onednn.Run | None = None  #: derived at the first call
 
     def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
         """As in `Kernel`."""
@@ -340,5 +313,5 @@ class Int8AvgPool(Kernel):
     def _average_of(self, values: torch.Tensor) -> torch.Tensor:
         if self.operation == "mean":
             return values.mean(**self.arguments)
-        average: Callable[..., torch.Tensor] = _AVERAGES[self.operation][self.dimensions]
+        average: Callable[..., torch.Tensor] = AVERAGES[self.operation][self.dimensions]
         return average(values, **self.arguments)

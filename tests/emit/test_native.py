@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 import fxcompress as fxc
+from fxcompress import passes as P
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.cpu_int8 import (
     Dequantize,
@@ -843,7 +844,7 @@ def test_what_depends_on_numbers_runs_as_a_graph(how: str) -> None:
 def test_inputs_that_do_not_fit_are_the_graphs_to_refuse(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(2, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    compact = fxc.compile(model, [fxc.passes.Fuse(), fxc.passes.Quantize(ignore=("2",))], x, calibration=[x])
+    compact = fxc.compile(model, [P.Fuse(), P.Quantize(ignore=("2",))], x, calibration=[x])
     with pytest.raises((RuntimeError, InputError)):
         compact(torch.randn(2, 3, 9, 9))
     with pytest.raises((TypeError, InputError)):
@@ -905,7 +906,7 @@ class Headed(nn.Module):
 def test_gradients_are_had_by_asking() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
-    compact = fxc.compile(Headed(), [fxc.passes.Fuse(), fxc.passes.Quantize(ignore=("fc",))], x, calibration=[x])
+    compact = fxc.compile(Headed(), [P.Fuse(), P.Quantize(ignore=("fc",))], x, calibration=[x])
     expected = compact(x)
     assert planned(compact)
     assert not expected.requires_grad
@@ -1081,3 +1082,28 @@ def assert_alike_all(compact: CompactModule, x: torch.Tensor) -> None:
     for left, right in zip(compact(x), by_graph(compact, x), strict=True):
         noise = (left - right).square().mean()
         assert noise == 0 or 10 * torch.log10(right.square().mean() / noise) >= 35
+
+
+class Halved(nn.Module):
+    """A shape that is computed from sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        n, c, h, w = y.shape
+        z: torch.Tensor = self.second(F.hardsigmoid(y.reshape(n, c * 2, h // 2, w + 0)) * 2)
+        return z
+
+
+def test_sizes_are_recorded_without_pretending(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("on fake tensors")
+
+    monkeypatch.setattr(executor._FakeRecorder, "record", refuse)
+    x = torch.randn(2, 3, 10, 9)
+    compact = fxc.compile(Halved(), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert planned(compact)

@@ -33,6 +33,13 @@ def test_a_tensor_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (weight[0] == 1).all()
 
 
+def test_it_stays_an_ordinary_tensor() -> None:
+    weight = torch.zeros(1 << 17, dtype=torch.int8)
+    with torch.inference_mode():
+        page_out(weight)
+    assert not weight.is_inference()
+
+
 def test_changes_are_those_of_one_process() -> None:
     weight = torch.zeros(1 << 17, dtype=torch.int8)
     page_out(weight)

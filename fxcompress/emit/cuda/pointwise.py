@@ -16,13 +16,9 @@ from fxcompress.emit.cpu_numbers import MEMORY_FORMATS, Kernel
 from fxcompress.emit.cuda import device, pointwise_launch
 from fxcompress.emit.cuda.launch import Ending, Window, keep
 from fxcompress.emit.cuda.layers import REALS, bytes_of, real_of
+from fxcompress.emit.pooling import AVERAGES, MaxPool
 from fxcompress.errors import OptionError
 from fxcompress.quant.spec import Grid
-
-_AVERAGES: dict[str, dict[int, Callable[..., torch.Tensor]]] = {
-    "avg_pool": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
-    "adaptive_avg_pool": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
-}
 
 
 def _grid(config: Sequence[Any] | None) -> Grid | None:
@@ -166,36 +162,12 @@ class CudaMul(_Binary):
     operation = pointwise_launch.MULTIPLY
 
 
-class CudaMaxPool(Kernel):
+class CudaMaxPool(MaxPool):
     """Maximum over windows of 8-bit or real numbers; 8-bit ones stay on their grid.
 
     Args:
-        kernel_size, stride, padding, dilation: one number for each spatial dimension.
-        ceil_mode: as in `torch.nn.MaxPool2d`.
+        kernel_size, stride, padding, dilation, ceil_mode: see `MaxPool`.
     """
-
-    def __init__(
-        self,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        ceil_mode: bool,
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
-        self.ceil_mode = bool(ceil_mode)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "ceil_mode": self.ceil_mode,
-        }
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the maxima of a tensor of shape (..., *spatial)."""
@@ -259,7 +231,7 @@ class CudaAvgPool(Kernel):
         values = input.float() if self.input is None else real_of(input, self.input)
         if self.operation == "mean":
             return _stored(values.mean(**self.arguments), self.output, self.real)
-        average = _AVERAGES[self.operation][self.dimensions]
+        average = AVERAGES[self.operation][self.dimensions]
         return _stored(average(values, **self.arguments), self.output, self.real)
 
     def takes(self, dimensions: int) -> bool:

@@ -231,7 +231,7 @@ class _MetaRecorder(_Recorder):
             return _joined(*args, **kwargs)
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
         op = ops.BY_FUNCTION.get(target)
-        if op is not None and op.kind in ELEMENTWISE and all(one.dtype == torch.float32 for one in tensors):
+        if op is not None and op.kind in ELEMENTWISE and {one.dtype for one in tensors} == {torch.float32}:
             shape = broadcast(*(one.shape for one in tensors))
             return memory.meta_tensor(shape, torch.float32, channels_last_strides(shape) if len(shape) == 4 else None)
         return super().call_function(target, args, kwargs)

@@ -20,7 +20,11 @@ def page_out(tensor: torch.Tensor) -> None:
     """
     if tensor.numel() * tensor.element_size() < SMALLEST or not tensor.is_contiguous() or tensor.device.type != "cpu":
         return
-    with contextlib.suppress(OSError, RuntimeError), tempfile.NamedTemporaryFile(prefix="fxcompress-") as file:
+    with (
+        contextlib.suppress(OSError, RuntimeError),
+        torch.inference_mode(False),  # it is to be an ordinary tensor, wherever the first call happens
+        tempfile.NamedTemporaryFile(prefix="fxcompress-") as file,
+    ):
         flat = tensor.detach().flatten()
         flat.view(torch.uint8).numpy().tofile(file)
         file.flush()
