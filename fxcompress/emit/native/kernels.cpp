@@ -427,8 +427,8 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
 
 template <int MR, int NB>
 __attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* places, const int8_t* weights,
-                                    const Limits& limits, int64_t channel, int64_t count, uint8_t* const* results,
-                                    const uint8_t* const* residuals) {
+                                    const int8_t* ahead, const Limits& limits, int64_t channel, int64_t count,
+                                    uint8_t* const* results, const uint8_t* const* residuals) {
     __m512i sums[MR][NB];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
     const int64_t taps = c.rows_of_window * c.columns_of_window, steps = c.run / 4;
@@ -436,8 +436,9 @@ __attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* 
     for (int64_t t = 0; t < taps; t++, places += MR) {
         const uint8_t* p[MR];
         UNROLL for (int m = 0; m < MR; m++) p[m] = places[m];
-        for (int64_t k = 0; k < steps; k++, weights += 64 * NB) {
+        for (int64_t k = 0; k < steps; k++, weights += 64 * NB, ahead += 64) {
             __m512i w[NB];
+            _mm_prefetch(ahead, _MM_HINT_T1);
             UNROLL for (int n = 0; n < NB; n++) w[n] = _mm512_load_si512(weights + 64 * n);
             UNROLL for (int m = 0; m < MR; m++) {
                 int32_t four;
@@ -458,10 +459,11 @@ __attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* 
 }
 
 template <int NB>
-void tiles(const Convolution& c, int pixels, const uint8_t* const* places, const int8_t* weights, const Limits& limits,
-           int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
+void tiles(const Convolution& c, int pixels, const uint8_t* const* places, const int8_t* weights, const int8_t* ahead,
+           const Limits& limits, int64_t channel, int64_t count, uint8_t* const* results,
+           const uint8_t* const* residuals) {
 #define CASE(MR) \
-    case MR: return tile<MR, NB>(c, places, weights, limits, channel, count, results, residuals)
+    case MR: return tile<MR, NB>(c, places, weights, ahead, limits, channel, count, results, residuals)
     if constexpr (NB == 4) {
         switch (pixels) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
     } else if constexpr (NB == 3) {
@@ -500,7 +502,9 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
     const uint8_t* places[14 * MAX_PLACES];
     uint8_t* results[14];
     const uint8_t* residuals[14];
+    const int64_t part = c.rows_of_window * c.columns_of_window * (c.run / 4) * 64;  // that a tile fetches of them
     for (int64_t i = 0; i < pieces; i++) {
+        const int8_t* ahead = weights + (i < wide ? wide + i : i % wide) * part;
         const int mr = (int)(least + (i < more));
         for (int m = 0; m < mr; m++) {
             const uint8_t** place = places + m;
@@ -528,10 +532,10 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
             }
         }
         switch (wide) {
-            case 4: tiles<4>(c, mr, places, weights, limits, channel, count, results, residuals); break;
-            case 3: tiles<3>(c, mr, places, weights, limits, channel, count, results, residuals); break;
-            case 2: tiles<2>(c, mr, places, weights, limits, channel, count, results, residuals); break;
-            default: tiles<1>(c, mr, places, weights, limits, channel, count, results, residuals);
+            case 4: tiles<4>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
+            case 3: tiles<3>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
+            case 2: tiles<2>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
+            default: tiles<1>(c, mr, places, weights, ahead, limits, channel, count, results, residuals);
         }
     }
 }
