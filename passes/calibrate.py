@@ -18,7 +18,7 @@ from fxcompress.graph.shapes import evaluation
 from fxcompress.passes.insert_observers import observe_values, observers_of
 from fxcompress.pipeline.base import Contract, Pass, PassContext, PassResult, data_field, parameters_equal
 from fxcompress.quant.merging import can_merge, merge_over_processes
-from fxcompress.quant.rows import DynamicQuantize
+from fxcompress.quant.unobserved import Unobserved
 from fxcompress.train.data import is_shared
 
 
@@ -55,7 +55,7 @@ class Calibrate(Pass):
         found = observers_of(graph_module).items()
         observers = {
             path: observer for path, observer in found
-            if not isinstance(observer, DynamicQuantize) and not getattr(observer, "quantizing", False)
+            if not isinstance(observer, Unobserved) and not getattr(observer, "quantizing", False)
         }  # fmt: skip
         if not observers:
             return PassResult(graph_module, modified=False)

@@ -18,6 +18,7 @@ from fxcompress.passes.insert_observers import is_observer, make_functional, obs
 from fxcompress.passes.join_conv_bn import fold_batch_norms, normed_layers
 from fxcompress.pipeline.base import Pass, PassContext, PassResult
 from fxcompress.quant.arithmetic import fake_quantize
+from fxcompress.quant.attention import ObservedAttention, fake_quantize_attention
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import ChannelMean
 from fxcompress.quant.rows import DynamicQuantize, fake_quantize_rows
@@ -45,7 +46,8 @@ class ConvertObserved(Pass):
        become plain ones with folded numbers, and batch norms behind layers without an 8-bit kernel are folded as well
        (`FoldBatchNorm`). The grids are those that training has left.
     6. A `DynamicQuantize` becomes `fake_quantize_rows(x, low, high)`, which measures and rounds every row.
-    7. Refuses an observer that has seen no data, or NaN or infinity.
+    7. An `ObservedAttention` becomes `fake_quantize_attention`, whose softmax makes 8-bit weights.
+    8. Refuses an observer that has seen no data, or NaN or infinity.
 
     The result still consists of plain PyTorch operators, lets gradients through, and is what every lowering is compared
     with.
@@ -66,6 +68,9 @@ class ConvertObserved(Pass):
             observer = ops.submodule(node)
             if isinstance(observer, DynamicQuantize):
                 _convert_rows(node, observer.spec)
+                edits += 1
+            elif isinstance(observer, ObservedAttention):
+                node.op, node.target = "call_function", fake_quantize_attention
                 edits += 1
             elif is_observer(observer):
                 path = str(node.target)

@@ -17,6 +17,7 @@ from fxcompress.graph.regions import regions
 from fxcompress.passes.fuse_activation import FuseActivation
 from fxcompress.passes.join_conv_bn import join_batch_norms, normed_layers
 from fxcompress.pipeline.base import Contract, Note, Pass, PassContext, PassResult, check_choice, data_field
+from fxcompress.quant.attention import ObservedAttention
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.fake_quantize import FakeQuantize, LearnedQuantize
 from fxcompress.quant.normed_layers import PLAIN, NormedLayer
@@ -24,6 +25,7 @@ from fxcompress.quant.observers import OBSERVERS, ChannelMean, ExternalObserver,
 from fxcompress.quant.qconfig import Chooser, ObserverChoice, chooser
 from fxcompress.quant.rows import DynamicQuantize
 from fxcompress.quant.spec import BITS, DYNAMIC, MODES, STATIC, WEIGHT_ONLY, activation_spec, weight_spec
+from fxcompress.quant.unobserved import Unobserved
 
 _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d,
@@ -59,6 +61,7 @@ class ObserverOptions(Pass):
     mode: str = STATIC
     dynamic: Any = ()
     weight_only: Any = ()
+    attention: bool | None = None
     qconfig: Any = data_field()
 
     def __post_init__(self) -> None:
@@ -96,19 +99,21 @@ class InsertObservers(ObserverOptions):
        read such values before the observer, so that they do not get coarser than they are.
     5. In front of each such layer stands a `ChannelMean`, from which `ConvertObserved` corrects the bias.
     6. Observers return what they are given, so the graph computes what it did before.
-    7. Of a linear layer in mode "dynamic" or "weight-only" the weight alone is observed, which takes no data. In front
+    7. Query, key and value of attention whose result an 8-bit layer reads have observers of their own, and
+       `ConvertObserved` makes the weights of attention 8-bit as well (`quant.attention`).
+    8. Of a linear layer in mode "dynamic" or "weight-only" the weight alone is observed, which takes no data. In front
        of the first kind stands a `DynamicQuantize`, one for all layers that read a value; `ConvertObserved` turns it
        into the measuring and rounding of every row, at every call. Biases are not corrected.
 
     With `qat`, for training (`Train`, `Distill`) before `ConvertObserved`:
 
-    8. In the places of the observers are fake-quantisers (`quant.fake_quantize`). From the first batch in training mode
+    9. In the places of the observers are fake-quantisers (`quant.fake_quantize`). From the first batch in training mode
        on they round; what they have learned or observed by then stays late in training.
-    9. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer that they will be
+    10. A layer and the batch norm that `FoldBatchNorm` would fold into it are trained as the one layer they will be
        (`quant.normed_layers`). `ConvertObserved` folds them. Batch norms that were folded before are no hindrance.
        Those that a caller's model in training mode keeps in evaluation mode keep their statistics from the start.
-    10. What kernels compute as well is found out here, behind the layers so joined.
-    11. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
+    11. What kernels compute as well is found out here, behind the layers so joined.
+    12. The first grids are those of `Calibrate`, if it runs before training, or of the first batch, which meets layers
        that round already.
 
     Args:
@@ -128,6 +133,8 @@ class InsertObservers(ObserverOptions):
             well; they leave everything else float and need no calibration.
         dynamic, weight_only: linear layers (and embeddings) in another mode than the rest, as dotted paths or patterns.
             With mode="static" and dynamic="*" convolutions are static and all linear layers dynamic.
+        attention: whether attention multiplies bytes where a static layer reads its result. None: where there are
+            kernels for that, which is on CPUs.
         qat: whether to put trainable fake-quantisers in the place of plain observers.
         learn_steps: with `qat`, whether steps and offsets are learned as weights are (`LearnedQuantize`), or follow the
             observers.
@@ -172,7 +179,8 @@ class InsertObservers(ObserverOptions):
                 return "ignored on request"
             return None if choose(path, module) else "no QConfig for it"
 
-        plan = plan_quantization(graph_module, accepts, self._modes(graph_module, choose))
+        attention = context.target == "cpu" if self.attention is None else self.attention
+        plan = plan_quantization(graph_module, accepts, self._modes(graph_module, choose), attention)
         edits = _Insertion(graph_module, plan, choose, self).run()
         notes += [Note(name, f"float: {reason}") for name, reason in plan.reasons.items()]
         if reduced and any(anchor.mode != WEIGHT_ONLY for anchor in plan.anchors) and self.weight_bits == 8:
@@ -241,6 +249,8 @@ class _Insertion:
                 self._measure_rows(self.nodes[anchor.node], anchor.path)
         for group in self.plan.groups:
             self._observe(group)
+        for name in self.plan.attention:
+            self._observe_attention(self.nodes[name])
         quantizers = [layer.quantizer for layer in self.layers.values() if isinstance(layer, NormedLayer)]
         devices = [layer.get_parameter("weight").device for layer in self.layers.values()]
         for module in (*self.paths, *filter(None, quantizers)):
@@ -306,6 +316,13 @@ class _Insertion:
             for reader in readers:
                 reader.replace_input_with(value, observed)
 
+    def _observe_attention(self, node: fx.Node) -> None:
+        """Put an `ObservedAttention` in the place of the function."""
+        module = ObservedAttention(self.options.qat)
+        self.paths[module] = edit.unique_path(self.graph_module, f"{self.container}.{node.name}")
+        edit.add_module(self.graph_module, self.paths[module], module)
+        node.op, node.target = "call_module", self.paths[module]
+
     def _choice(self, path: str) -> ObserverChoice:
         choice = self.choose(path, self.layers[path])
         if choice is None:  # the plan holds layers with a choice only
@@ -356,7 +373,7 @@ def observe_values(graph_module: fx.GraphModule) -> bool:
     graphs = (graph_module, *(region.graph_module for region in regions(graph_module)))
     return any(
         is_observer(ops.submodule(node))
-        and not isinstance(ops.submodule(node), DynamicQuantize)
+        and not isinstance(ops.submodule(node), Unobserved)
         and node.all_input_nodes[0].op != "get_attr"
         for graph in graphs
         for node in graph.graph.nodes
@@ -365,4 +382,4 @@ def observe_values(graph_module: fx.GraphModule) -> bool:
 
 def is_observer(module: object) -> bool:
     """Whether a module is one of those that `InsertObservers` puts in."""
-    return isinstance(module, (Observer, ExternalObserver, FakeQuantize, ChannelMean, DynamicQuantize))
+    return isinstance(module, (Observer, ExternalObserver, FakeQuantize, ChannelMean, Unobserved))

@@ -32,7 +32,7 @@ class QAT(ObserverOptions):
             what was given to `fxcompress.compile(calibration=...)` or `train_data=...`.
         batches: how many batches of these to take at most.
         activation, weight, reduced_range, ignore, weight_bits, activation_bits, mode, dynamic, weight_only,
-            learn_steps, freeze_norms, freeze_observers, qconfig: see `InsertObservers`.
+            attention, learn_steps, freeze_norms, freeze_observers, qconfig: see `InsertObservers`.
     """
 
     train: Any = (Train(),)

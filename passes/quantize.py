@@ -26,7 +26,8 @@ class Quantize(ObserverOptions):
         calibration: inputs to measure the values on, see `Calibrate`; None takes what was given to
             `fxcompress.compile(calibration=...)`.
         activation, weight, reduced_range, ignore, weight_bits, activation_bits, mode, dynamic, weight_only,
-            correct_bias, qconfig: see `InsertObservers`. Modes "dynamic" and "weight-only" need no calibration.
+            attention, correct_bias, qconfig: see `InsertObservers`. Modes "dynamic" and "weight-only" need no
+            calibration.
         batches: how many batches of the calibration data to take at most.
     """
 

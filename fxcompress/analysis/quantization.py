@@ -4,7 +4,9 @@ A value is quantised where an 8-bit layer on a fixed grid reads it; layers whose
 stays float, ask for no value (`quant.spec.MODES`). Operators that only move numbers (cat, reshape, max pooling, ...)
 tie their inputs and outputs to one grid, so that they cost nothing; operators that compute between 8-bit layers (sums,
 products with a gate, average pooling, batch norms that no layer could take in) are quantised as well if their inputs
-are 8-bit anyway. Everything else stays float, with a reason.
+are 8-bit anyway. Attention whose result an 8-bit layer reads multiplies bytes, too; what it reads is tied to nothing,
+because query, key and value are often parts of one tensor, with ranges of their own. Everything else stays float, with
+a reason.
 
 A grid that several values share is a compromise. So values are joined on one only if a kernel reads what they are
 joined to, and outputs of the model read them as they were before.
@@ -90,20 +92,21 @@ class QuantizationPlan:
     """What becomes 8-bit.
 
     anchors: the 8-bit layers. groups: the values to observe. computing: names of other nodes computed in 8 bits, and of
-    the relu behind a sum or batch norm if there is one. reasons: why a layer or node stays float, by layer path or
-    node name.
+    the relu behind a sum or batch norm if there is one. attention: names of the nodes of attention that multiply bytes.
+    reasons: why a layer or node stays float, by layer path or node name.
     """
 
     anchors: tuple[Anchor, ...]
     groups: tuple[GridGroup, ...]
     computing: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
             " + ".join((f"int8 {anchor.path}", *anchor.epilogues)) + _suffix(anchor.mode) for anchor in self.anchors
         ]
-        lines += [f"int8 {name}" for name in self.computing]
+        lines += [f"int8 {name}" for name in (*self.computing, *self.attention)]
         lines += [f"grid {', '.join(group.values)}" for group in self.groups]
         lines += [f"float {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
@@ -114,7 +117,10 @@ def _suffix(mode: str) -> str:
 
 
 def plan_quantization(
-    graph_module: fx.GraphModule, accepts: Accepts, mode_of: ModeOf = lambda path, module: STATIC
+    graph_module: fx.GraphModule,
+    accepts: Accepts,
+    mode_of: ModeOf = lambda path, module: STATIC,
+    attention: bool = True,
 ) -> QuantizationPlan:
     """Decide what becomes 8-bit in a canonical float graph whose shapes are known.
 
@@ -124,15 +130,17 @@ def plan_quantization(
             float, or None.
         mode_of: called likewise; returns one of `quant.spec.MODES`. Convolutions are 8-bit in the first one only,
             embeddings in the last one.
+        attention: whether attention may multiply bytes.
     """
-    return _Planner(graph_module, accepts, mode_of).plan()
+    return _Planner(graph_module, accepts, mode_of, attention).plan()
 
 
 class _Planner:
     """The facts gathered about one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, accepts: Accepts, mode_of: ModeOf) -> None:
+    def __init__(self, graph_module: fx.GraphModule, accepts: Accepts, mode_of: ModeOf, attention: bool) -> None:
         self.graph = graph_module.graph
+        self.attention = attention
         self.accepts = accepts
         self.mode_of = mode_of
         self.modes: dict[str, str] = {}  # path of a layer -> its mode
@@ -146,8 +154,9 @@ class _Planner:
         self._tie_movers()
         computable = self._computable()
         demanded, chosen = self._demanded(computable)
-        groups = tuple(self._groups(demanded))
-        self._give_reasons(demanded, chosen)
+        attending = self._attending(demanded)
+        groups = (*self._groups(demanded), *self._read_by_attention(attending, demanded))
+        self._give_reasons(demanded, chosen | set(attending))
         anchors = [
             Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]), self._mode(nodes[0]))
             for nodes in self.regions.values()
@@ -155,7 +164,8 @@ class _Planner:
         order = {node.name: index for index, node in enumerate(self.graph.nodes)}
         anchors.sort(key=lambda anchor: order[anchor.node])
         computing = sorted((node.name for node in chosen), key=lambda name: order[name])
-        return QuantizationPlan(tuple(anchors), groups, tuple(computing), self.reasons)
+        names = tuple(node.name for node in attending)
+        return QuantizationPlan(tuple(anchors), groups, tuple(computing), names, self.reasons)
 
     # Layers and what their kernels compute as well
 
@@ -300,6 +310,25 @@ class _Planner:
             outside_names = tuple(node.name for node in sorted(outside, key=order.__getitem__))
             yield GridGroup(tuple(source.name for source in sources), layer, outside_names)
 
+    # Attention
+
+    def _attending(self, demanded: dict[fx.Node, str]) -> dict[fx.Node, str]:
+        """Attention whose result an 8-bit layer reads, with the path of that layer."""
+        if not self.attention:
+            return {}
+        fitting = [node for node in self.graph.nodes if ops.kind(node) == "attention" and _multiplies_bytes(node)]
+        return {node: demanded[self.leader[node]] for node in fitting if self.leader[node] in demanded}
+
+    def _read_by_attention(self, attending: dict[fx.Node, str], demanded: dict[fx.Node, str]) -> Iterator[GridGroup]:
+        """Grids of what attention reads, for itself alone, where it has none yet."""
+        layers: dict[fx.Node, str] = {}
+        for node, layer in attending.items():
+            for value in _attended(node):
+                if self.leader[value] not in demanded or moves(value):
+                    layers.setdefault(value, layer)
+        for value, layer in layers.items():
+            yield GridGroup((value.name,), layer, tuple(one.name for one in value.users if one not in attending))
+
     # The ledger
 
     def _give_reasons(self, demanded: dict[fx.Node, str], chosen: set[fx.Node]) -> None:
@@ -405,6 +434,19 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         return values
     shape = info(node).value.shape
     return [value for value in values if info(value).value.shape == shape] or values
+
+
+def _attended(node: fx.Node) -> list[fx.Node]:
+    """Query, key and value of attention."""
+    given = ops.arguments(node)
+    return [given[name] for name in ("query", "key", "value")]
+
+
+def _multiplies_bytes(node: fx.Node) -> bool:
+    """Whether 8-bit kernels could compute a node of attention."""
+    values = _attended(node)
+    plain = all(isinstance(one, fx.Node) and is_tensor(one) and _float_values(one) for one in values)
+    return plain and ops.arguments(node)["dropout_p"] == 0 and _float_values(node)
 
 
 def _before_relu(node: fx.Node) -> fx.Node:

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from fxcompress.graph import modules as own
 from fxcompress.graph.metadata import TensorInfo, info
+from fxcompress.quant.attention import ObservedAttention, fake_quantize_attention
 from fxcompress.quant.normed_layers import PLAIN
 from fxcompress.quant.rows import fake_quantize_rows
 
@@ -224,11 +225,8 @@ _op("cumsum", torch.cumsum, "input, dim", methods="cumsum")
 _op("matmul", torch.matmul, "input, other", aliases=(operator.matmul,), methods="matmul")
 _op("bmm", torch.bmm, "input, mat2", methods="bmm")
 _op("einsum", torch.einsum, "equation, operands")
-_op(
-    "attention",
-    F.scaled_dot_product_attention,
-    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
-)
+_ATTENTION = "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
+_op("attention", F.scaled_dot_product_attention, _ATTENTION)
 # Layers by function, where their weights are computed and so no module can hold them
 _op("linear_function", F.linear, "input, weight, bias=None")
 for _n in (1, 2, 3):
@@ -276,6 +274,7 @@ _op(
     "input, scale, zero_point, axis, quant_min, quant_max",
 )
 _op("fake_quantize_rows", fake_quantize_rows, "input, quant_min, quant_max")
+_op("fake_quantize_attention", fake_quantize_attention, _ATTENTION)
 
 #: Methods that stay methods: torch has no function for them. name -> (kind, elementwise)
 METHODS: dict[str, tuple[str, bool]] = {
@@ -332,6 +331,7 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     own.StochasticDepth: "dropout",
     nn.RReLU: "rrelu",
     nn.MultiheadAttention: "multihead_attention",
+    ObservedAttention: "observed_attention",
     nn.LSTM: "lstm",
     nn.GRU: "gru",
     nn.RNN: "rnn",

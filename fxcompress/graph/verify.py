@@ -28,7 +28,7 @@ FORBIDDEN_MODULES: dict[Stage, tuple[Callable[[nn.Module], bool], str]] = {
 }
 
 FORBIDDEN_KINDS: dict[Stage, frozenset[str]] = {
-    Stage.FLOAT: frozenset({"fake_quantize", "fake_quantize_channel", "fake_quantize_rows"}),
+    Stage.FLOAT: frozenset({"fake_quantize", "fake_quantize_channel", "fake_quantize_rows", "fake_quantize_attention"}),
     Stage.OBSERVED: frozenset(),
     Stage.QDQ: frozenset(),
     Stage.LOWERED: frozenset(),

@@ -16,12 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fxcompress.quant.arithmetic import SMALLEST_SCALE
 from fxcompress.quant.spec import QuantSpec
+from fxcompress.quant.unobserved import Unobserved
 
 #: What infinities count as, so that neither the width of a range nor the ends of its grid overflow.
 _LARGEST = torch.finfo(torch.float32).max / 2
@@ -90,31 +89,23 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-class DynamicQuantize(nn.Module):
+class DynamicQuantize(Unobserved):
     """Stands where rows will be quantised; measures nothing beforehand, as each row brings its own range.
 
-    Returns what it is given. With `trains`, it rounds from its first call in training mode on, in evaluation mode too,
-    as fake-quantisers do (`quant.fake_quantize`).
+    Returns what it is given, and rounds its rows once training has started (`Unobserved`).
 
     Args:
         spec: the format of the integers.
-        trains: whether it shall round once training has started.
+        trains: see `Unobserved`.
     """
 
-    started: torch.Tensor
-
     def __init__(self, spec: QuantSpec, trains: bool = False) -> None:
-        super().__init__()
-        self.spec, self.trains = spec, trains
-        self.register_buffer("started", torch.tensor(False))
+        super().__init__(trains)
+        self.spec = spec
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x`, its rows rounded once training has started."""
-        if isinstance(x, FakeTensor):
-            return x  # only shapes are wanted
-        if self.training and self.trains:
-            self.started.fill_(True)
-        return fake_quantize_rows(x, self.spec.quant_min, self.spec.quant_max) if self.started else x
+        return fake_quantize_rows(x, self.spec.quant_min, self.spec.quant_max) if self.rounds(x) else x
 
     def extra_repr(self) -> str:
         """The integers, for the printed module."""
