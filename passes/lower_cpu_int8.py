@@ -15,6 +15,7 @@ from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
     Int8Affine,
+    Int8Attention,
     Int8AvgPool,
     Int8Conv,
     Int8DynamicLinear,
@@ -46,7 +47,7 @@ def lower_cpu_int8(graph_module: fx.GraphModule) -> PassResult:
        add and the activation behind it and the quantisation of the result. Read by float operators only, the module
        produces float32 at once.
     2. Sums, products with a gate, batch norms, average and max pooling between quantised values become modules on
-       integers.
+       integers, and so does attention.
     3. Operators that only move numbers are applied to the integers.
     4. Everything else stays float. Between the two stand `Quantize` and `Dequantize`, wherever one is needed.
     5. A linear layer whose rows are quantised as they come (`fake_quantize_rows`) becomes a `QuantizeRows`, shared by
@@ -146,6 +147,10 @@ class Int8Lowering:
         build = Int8Add if kind == "add" else Int8Mul
         return build(grids[0], grids[1], output.config(), relu)
 
+    def attention(self, grids: list[Any], output: Grid | None, options: dict[str, Any]) -> Kernel | None:
+        """Return the module of attention on bytes; None where there is none."""
+        return Int8Attention(*grids, None if output is None else output.config(), **options)
+
     # The walk
 
     def run(self) -> int:
@@ -172,6 +177,8 @@ class Int8Lowering:
         elif kind == "fake_quantize_rows":
             self._quantize_rows(node)
         elif kind in _COMPUTING and self._start_computing(node):
+            return
+        elif kind == "fake_quantize_attention" and self._start_attention(node):
             return
         elif self._moves_integers(node):
             _MOVERS[kind](self, node)
@@ -455,6 +462,42 @@ class Int8Lowering:
         if relu is not None:
             self.notes.append(Note(relu.name, f"int8: computed by {node.name}"))
 
+    # Attention
+
+    def _start_attention(self, node: fx.Node) -> bool:
+        """Wait for the quantisation of the result, if there is one. False: attention stays float."""
+        given = ops.arguments(node)
+        operands = [given[name] for name in ("query", "key", "value")]
+        grids = [self._grid_read(one) for one in operands]
+        if None in grids or given["dropout_p"]:
+            return False
+        pair = only_reader(node)
+        pair = pair if pair is not None and is_pair(pair) else None
+        output = None if pair is None else grid_of(pair)
+        options = {name: given[name] for name in ("scale", "is_causal", "enable_gqa")}
+        module = self.attention([grid.config() for grid in grids if grid is not None], output, options)
+        if module is None:
+            return False
+
+        def emit() -> None:
+            values = [self._float(one.args[0] if is_pair(one) else one) for one in operands]
+            if given["attn_mask"] is not None:
+                values.append(self._float(given["attn_mask"]))
+            self._hold(pair or node, self._call(node.name, module, values, node), output)
+            self.notes.append(Note(node.name, "int8"))
+
+        if pair is None:
+            emit()
+        else:
+            self.skipped.add(pair)
+            self._wait(pair, emit)
+        return True
+
+    def _grid_read(self, value: fx.Node) -> Grid | None:
+        """The grid of a value that may be real numbers on it."""
+        held = self.integers.get(value)
+        return None if held is None else held.grid
+
     def _hold(self, old: fx.Node, new: fx.Node, grid: Grid | None) -> None:
         if grid is None:
             self.floats[old] = new
@@ -595,7 +638,10 @@ class Int8Lowering:
 
 
 #: Modules whose result never shares memory with their input.
-_OWNERS = (Quantize, QuantizeRows, Dequantize, QuantizedLayer, Int8Add, Int8Mul, Int8Affine, Int8AvgPool, Int8MaxPool)
+_OWNERS = (
+    Quantize, QuantizeRows, Dequantize, QuantizedLayer, Int8Attention, Int8Add, Int8Mul, Int8Affine, Int8AvgPool,
+    Int8MaxPool,
+)  # fmt: skip
 
 #: Linear layers by how they get their input, and what the ledger says of them.
 _LINEAR: dict[str, Callable[..., QuantizedLayer]] = {

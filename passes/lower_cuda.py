@@ -123,6 +123,10 @@ class _CudaLowering(Int8Lowering):
 
     # The walk
 
+    def attention(self, grids: list[Any], output: Grid | None, options: dict[str, Any]) -> Kernel | None:
+        """As in `Int8Lowering`."""
+        return None
+
     def run(self) -> int:
         """Build the graph, put it into the module, and return how many modules of kernels it has."""
         for node in self.old.nodes:

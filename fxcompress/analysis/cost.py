@@ -103,6 +103,10 @@ def layer_name(node: fx.Node) -> str:
     return node.name
 
 
+#: Attention as a function and as a module, in all stages of quantisation; query and key are the first arguments.
+_ATTENTION = frozenset({"attention", "observed_attention", "fake_quantize_attention", "Int8Attention"})
+
+
 def macs(node: fx.Node) -> int:
     """Return the multiply-accumulates of one node for the whole example batch."""
     value = info(node).value
@@ -112,9 +116,8 @@ def macs(node: fx.Node) -> int:
     if kind in ("matmul", "bmm"):
         left = info(node.all_input_nodes[0]).value
         return math.prod(value.shape) * left.shape[-1] if isinstance(left, TensorInfo) else 0
-    if kind == "attention":
-        bound = ops.arguments(node)
-        query, key = info(bound["query"]).value, info(bound["key"]).value
+    if kind in _ATTENTION or _type_name(node) in _ATTENTION:
+        query, key = (info(one).value for one in node.args[:2] if isinstance(one, fx.Node))
         return int(math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
     weight = _weight_shape(node)
     if weight is None:

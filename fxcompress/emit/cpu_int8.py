@@ -5,6 +5,7 @@ They depend on PyTorch's oneDNN operators and on nothing else: no quantised dtyp
 
 from __future__ import annotations
 
+from fxcompress.emit.cpu_attention import Int8Attention
 from fxcompress.emit.cpu_dynamic import Int8DynamicLinear, Int8Embedding, Int8WeightOnlyLinear, QuantizeRows
 from fxcompress.emit.cpu_layers import ACTIVATIONS, Int8Conv, Int8Layer, Int8Linear, QuantizedLayer, activation_of
 from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
@@ -16,6 +17,7 @@ __all__ = [
     "Dequantize",
     "Int8Add",
     "Int8Affine",
+    "Int8Attention",
     "Int8AvgPool",
     "Int8Conv",
     "Int8DynamicLinear",
@@ -37,6 +39,6 @@ MODULES: dict[str, type[Kernel]] = {
     kernel.__name__: kernel
     for kernel in (
         Quantize, Dequantize, QuantizeRows, Int8Conv, Int8Linear, Int8DynamicLinear, Int8WeightOnlyLinear,
-        Int8Embedding, Int8Add, Int8Mul, Int8Affine, Int8MaxPool, Int8AvgPool,
+        Int8Embedding, Int8Attention, Int8Add, Int8Mul, Int8Affine, Int8MaxPool, Int8AvgPool,
     )
 }  # fmt: skip

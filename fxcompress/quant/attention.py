@@ -72,6 +72,11 @@ def fake_quantize_attention(
         given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         traced: torch.Tensor = handle_torch_function(fake_quantize_attention, (query, key, value), *given)
         return traced
+    if query.dtype in (torch.float16, torch.bfloat16):  # sums of steps need more
+        made = fake_quantize_attention(
+            query.float(), key.float(), value.float(), attn_mask, 0.0, is_causal, scale, enable_gqa
+        )
+        return made.to(query.dtype)
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (one.repeat_interleave(times, -3) for one in (key, value))

@@ -215,9 +215,27 @@ struct WeightLinear {
     Finish finish;
 };
 
+// Attention on bytes: scores of queries with keys, weights in steps of 1/255 of each row's largest one, and the values
+// added up by these weights. All inputs are real numbers, which are brought onto their grids here.
+struct Attention {
+    int64_t op;
+    Place query, key, value, result, mask;  // their rows and heads lie at the distances below, in bytes
+    int64_t images, heads, key_heads, rows, keys, depth, width;
+    int64_t query_image, query_head, query_row, key_image, key_head, key_row;
+    int64_t value_image, value_head, value_row, result_image, result_head, result_row;
+    int64_t mask_kind, mask_image, mask_head, mask_row;  // kind: -1: there is none; BYTES: not zero where it is open
+    int64_t causal;
+    double query_inverse, key_inverse, value_inverse;
+    int64_t query_zero, query_low, query_high, key_zero, key_low, key_high, value_zero, value_low, value_high;
+    double factor, value_scale;  // of a product of steps in a score; of a step of values
+    int64_t kind;                // of the result
+    double inverse;
+    int64_t zero, low, high;
+};
+
 enum Op : int64_t {
     CONVOLUTION = 1, DEPTHWISE, POOLING, ENTRANCE, COPY, FILL, POINTWISE, NORMALIZATION, PRODUCT, ROW_ENTRANCE,
-    ROW_LINEAR, WEIGHT_LINEAR, AFFINE
+    ROW_LINEAR, WEIGHT_LINEAR, AFFINE, ATTENTION
 };
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
@@ -1123,6 +1141,265 @@ void multiply(const Product& c, uint8_t* const* buffers, int thread, int threads
     }
 }
 
+// ------------------------------------------------------------------------------------------------------ attention
+
+// Where the parts of one head lie in a thread's scratch memory.
+struct AttentionRoom {
+    int64_t padded_depth, blocks, quads, chunks;  // blocks of 64 keys, groups of 4 keys, chunks of 64 features of a value
+    int8_t *keys, *values;     // (blocks, depth / 4, 4, 64) and (chunks, quads, 4, 64)
+    int32_t *shifts, *scores;  // of each key; (rows of a tile, keys)
+    uint8_t *weights, *queries, *lines;
+    int64_t wide;              // numbers of a row of scores and of weights
+
+    explicit AttentionRoom(const Attention& c) {
+        padded_depth = (c.depth + 63) / 64 * 64;
+        blocks = (c.keys + 63) / 64;
+        wide = 64 * blocks;
+        quads = wide / 4;
+        chunks = (c.width + 63) / 64;
+        const int64_t key_bytes = wide * padded_depth, value_bytes = chunks * quads * 256;
+        uint8_t* memory = scratch(key_bytes + value_bytes + 4 * wide + MR * (5 * wide + padded_depth) + 64 * padded_depth);
+        keys = (int8_t*)memory;
+        values = keys + key_bytes;
+        shifts = (int32_t*)(values + value_bytes);
+        scores = shifts + wide;
+        weights = (uint8_t*)(scores + MR * wide);
+        queries = weights + MR * wide;
+        lines = queries + MR * padded_depth;
+    }
+    static constexpr int MR = 6;  // rows of a tile
+};
+
+// Real numbers to the bytes of a grid, with zeros behind the last one. Without `ordered` the bytes come as `narrow`
+// leaves them.
+INLINE void quantize_line(const float* from, int64_t count, uint8_t* to, const Limits& limits, bool ordered) {
+    for (int64_t i = 0; i < count; i += 64) {
+        __m512i q[4];
+        UNROLL for (int v = 0; v < 4; v++)
+            q[v] = to_integers(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_floats(count - i - 16 * v), from + i + 16 * v),
+                                             limits.inverse));
+        __m512i bytes = in_order(narrow(q, limits.zero, limits.low, limits.high));
+        bytes = _mm512_maskz_mov_epi8(first_bytes(count - i), bytes);
+        _mm512_store_si512(to + i, ordered ? bytes : in_order(bytes));
+    }
+}
+
+// Keys as bytes less 128, four features of 16 keys side by side; and for each key what the queries' zero point adds to
+// its products, with the sign turned.
+void pack_keys(const Attention& c, const AttentionRoom& room, const uint8_t* key) {
+    const Limits limits(c.key_inverse, c.key_zero, c.key_low, c.key_high);
+    const int64_t depth = room.padded_depth, fours = (c.depth + 3) / 4;
+    for (int64_t first = 0; first < room.wide; first += 16) {
+        const int64_t here = std::clamp<int64_t>(c.keys - first, 0, 16);
+        for (int64_t j = 0; j < 16; j++) {
+            if (j < here)
+                quantize_line((const float*)(key + (first + j) * c.key_row), c.depth, room.lines + j * depth, limits, true);
+            else
+                std::memset(room.lines + j * depth, 128, depth);
+        }
+        int8_t* to = room.keys + first / 64 * fours * 256 + first % 64 * 4;
+        __m512i sum = _mm512_setzero_si512();
+        const __m512i places = _mm512_mullo_epi32(
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)depth));
+        for (int64_t k = 0; k < fours; k++, to += 256) {
+            __m512i four = _mm512_i32gather_epi32(places, room.lines + 4 * k, 1);
+            four = _mm512_xor_si512(four, _mm512_set1_epi8((char)128));
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), four);
+            _mm512_store_si512(to, four);
+        }
+        // Behind the last feature, bytes of lines are zero and become -128; those of queries are zero there.
+        const int64_t behind = 128 * (4 * fours - c.depth);
+        sum = _mm512_add_epi32(sum, _mm512_set1_epi32((int)behind));
+        _mm512_store_si512(room.shifts + first, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-(int)c.query_zero)));
+    }
+}
+
+// Values as bytes less 128, of four keys side by side.
+void pack_values(const Attention& c, const AttentionRoom& room, const uint8_t* value) {
+    const Limits limits(c.value_inverse, c.value_zero, c.value_low, c.value_high);
+    uint8_t* lines = room.lines;
+    for (int64_t quad = 0; quad < room.quads; quad++) {
+        for (int64_t chunk = 0; chunk < room.chunks; chunk++) {
+            __m512i row[4], vector[4];
+            UNROLL for (int j = 0; j < 4; j++) {
+                const int64_t at = 4 * quad + j;
+                if (at < c.keys) {
+                    const int64_t count = std::min<int64_t>(64, c.width - 64 * chunk);
+                    quantize_line((const float*)(value + at * c.value_row) + 64 * chunk, count, lines, limits, false);
+                    row[j] = _mm512_xor_si512(_mm512_load_si512(lines), _mm512_set1_epi8((char)128));
+                } else {
+                    row[j] = _mm512_setzero_si512();
+                }
+            }
+            interleave(row, vector);
+            UNROLL for (int v = 0; v < 4; v++)
+                _mm512_store_si512(room.values + (chunk * room.quads + quad) * 256 + 64 * v, vector[v]);
+        }
+    }
+}
+
+// Products of the bytes of MR rows with those of NB vectors of 16 columns, four at a time.
+template <int MR, int NB>
+INLINE void byte_tile(const uint8_t* left, int64_t left_row, const int8_t* right, int64_t fours,
+                      const int32_t* start, int32_t* sums_of_rows, int64_t row) {
+    __m512i sums[MR][NB];
+    UNROLL for (int n = 0; n < NB; n++) {
+        const __m512i first = start ? _mm512_load_si512(start + 16 * n) : _mm512_setzero_si512();
+        UNROLL for (int m = 0; m < MR; m++) sums[m][n] = first;
+    }
+    for (int64_t k = 0; k < fours; k++, right += 256) {
+        __m512i b[NB];
+        UNROLL for (int n = 0; n < NB; n++) b[n] = _mm512_load_si512(right + 64 * n);
+        UNROLL for (int m = 0; m < MR; m++) {
+            int32_t four;
+            std::memcpy(&four, left + m * left_row + 4 * k, 4);
+            const __m512i a = _mm512_set1_epi32(four);
+            UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], a, b[n]);
+        }
+    }
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NB; n++) _mm512_store_si512(sums_of_rows + m * row + 16 * n, sums[m][n]);
+}
+
+// The weights of a row from its scores, in steps of 1/255 of the largest one; returns their sum. `limit`: how many keys
+// the row may look at. mask: null, or what is added to the scores of the row.
+int32_t weigh(const Attention& c, int32_t* scores, uint8_t* weights, int64_t limit, int64_t wide, const uint8_t* mask,
+              int32_t shift) {
+    const __m512 factor = _mm512_set1_ps((float)c.factor);
+    float* reals = (float*)scores;
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    __m512i highest = _mm512_set1_epi32(INT32_MIN);
+    for (int64_t j = 0; j < limit; j += 16) {
+        const __mmask16 here = first_floats(limit - j);
+        if (!mask) {
+            highest = _mm512_mask_max_epi32(highest, here, highest, _mm512_load_si512(scores + j));
+            continue;
+        }
+        __m512 x = _mm512_mul_ps(
+            _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(scores + j), _mm512_set1_epi32(shift))), factor);
+        if (c.mask_kind == FLOAT) {
+            x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(here, (const float*)mask + j));
+        } else {
+            const __m128i open = _mm_maskz_loadu_epi8(here, mask + j);
+            x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(open, open), x);
+        }
+        top = _mm512_mask_max_ps(top, here, top, x);
+        _mm512_store_ps(reals + j, x);
+    }
+    const __m512i most = _mm512_set1_epi32(_mm512_reduce_max_epi32(highest));
+    float first = _mm512_reduce_max_ps(top);
+    if (first == -INFINITY) first = 0.0f;
+    const __m512 largest = _mm512_set1_ps(first), steps = _mm512_set1_ps(255.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t j = 0; j < wide; j += 64) {
+        __m512i q[4];
+        UNROLL for (int v = 0; v < 4; v++) {
+            const int64_t at = j + 16 * v;
+            const __mmask16 here = first_floats(limit - at);
+            const __m512 x =
+                mask ? _mm512_sub_ps(_mm512_load_ps(reals + at), largest)
+                     : _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(scores + at), most)), factor);
+            q[v] = _mm512_maskz_mov_epi32(here, _mm512_cvtps_epi32(_mm512_mul_ps(power(x), steps)));
+            sum = _mm512_add_epi32(sum, q[v]);
+        }
+        _mm512_store_si512(weights + j, in_order(narrow(q, _mm512_setzero_si512(), _mm512_setzero_si512(),
+                                                        _mm512_set1_epi8((char)255))));
+    }
+    return std::max(1, _mm512_reduce_add_epi32(sum));
+}
+
+// Up to MR queries of a head, from scores to results.
+template <int MR>
+void attend_tile(const Attention& c, const AttentionRoom& room, const Limits& queries, const Limits& results,
+                 const uint8_t* query, uint8_t* result, const uint8_t* mask, int64_t row) {
+    const int64_t depth = room.padded_depth, fours = (c.depth + 3) / 4;
+    int32_t sums[MR], shifts[MR];
+    UNROLL for (int m = 0; m < MR; m++) {
+        uint8_t* line = room.queries + m * depth;
+        quantize_line((const float*)(query + m * c.query_row), c.depth, line, queries, true);
+        shifts[m] = 0;
+        if (mask) {  // otherwise equal summands for all keys do not matter
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t i = 0; i < depth; i += 64)
+                sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(line + i), _mm512_set1_epi8(1));
+            const int64_t total = _mm512_reduce_add_epi32(sum) - c.depth * c.query_zero;
+            shifts[m] = (int32_t)((c.key_zero - 128) * total);
+        }
+    }
+    for (int64_t b = 0; b < room.blocks; b++)
+        byte_tile<MR, 4>(room.queries, depth, room.keys + b * fours * 256, fours, room.shifts + 64 * b,
+                         room.scores + 64 * b, room.wide);
+    UNROLL for (int m = 0; m < MR; m++)
+        sums[m] = weigh(c, room.scores + m * room.wide, room.weights + m * room.wide,
+                        c.causal ? std::min(c.keys, row + m + 1) : c.keys, room.wide,
+                        mask ? mask + m * c.mask_row : nullptr, shifts[m]);
+    alignas(64) int32_t made[MR][64];
+    for (int64_t chunk = 0; chunk < room.chunks; chunk++) {
+        const int64_t count = std::min<int64_t>(64, c.width - 64 * chunk);
+        const int8_t* values = room.values + chunk * room.quads * 256;
+        const int64_t used = (c.keys + 3) / 4;
+        switch ((count + 15) / 16) {
+            case 4: byte_tile<MR, 4>(room.weights, room.wide, values, used, nullptr, made[0], 64); break;
+            case 3: byte_tile<MR, 3>(room.weights, room.wide, values, used, nullptr, made[0], 64); break;
+            case 2: byte_tile<MR, 2>(room.weights, room.wide, values, used, nullptr, made[0], 64); break;
+            default: byte_tile<MR, 1>(room.weights, room.wide, values, used, nullptr, made[0], 64);
+        }
+        for (int m = 0; m < MR; m++) {
+            const __m512 factor = _mm512_set1_ps((float)c.value_scale / (float)sums[m]);
+            const __m512i zero = _mm512_set1_epi32((int)((c.value_zero - 128) * sums[m]));
+            uint8_t* to = result + m * c.result_row;
+            __m512i q[4];
+            UNROLL for (int n = 0; n < 4; n++) {
+                const __m512 y =
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(made[m] + 16 * n), zero)), factor);
+                if (c.kind == FLOAT)
+                    _mm512_mask_storeu_ps((float*)to + 64 * chunk + 16 * n, first_floats(count - 16 * n), y);
+                q[n] = to_integers(_mm512_mul_ps(y, results.inverse));
+            }
+            if (c.kind != FLOAT)
+                store_bytes(to + 64 * chunk, in_order(narrow(q, results.zero, results.low, results.high)), count);
+        }
+    }
+}
+
+// A head at a time: keys and values are packed once, and the queries follow tile by tile.
+void attend(const Attention& c, uint8_t* const* buffers, int thread, int threads) {
+    const AttentionRoom room(c);
+    const Limits queries(c.query_inverse, c.query_zero, c.query_low, c.query_high);
+    const Limits results(c.inverse, c.zero, c.low, c.high);
+    const int64_t total = c.images * c.heads, shared = c.heads / c.key_heads;
+    int64_t packed = -1;
+    for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
+        const int64_t image = work / c.heads, head = work % c.heads;
+        const uint8_t* query = buffers[c.query.buffer] + c.query.offset + image * c.query_image + head * c.query_head;
+        const uint8_t* key = buffers[c.key.buffer] + c.key.offset + image * c.key_image + head / shared * c.key_head;
+        const uint8_t* value =
+            buffers[c.value.buffer] + c.value.offset + image * c.value_image + head / shared * c.value_head;
+        uint8_t* result = buffers[c.result.buffer] + c.result.offset + image * c.result_image + head * c.result_head;
+        const uint8_t* mask = nullptr;
+        if (c.mask_kind != -1)
+            mask = buffers[c.mask.buffer] + c.mask.offset + image * c.mask_image + head * c.mask_head;
+        if (packed != work / shared) {
+            pack_keys(c, room, key);
+            pack_values(c, room, value);
+            packed = work / shared;
+        }
+        for (int64_t row = 0; row < c.rows; row += AttentionRoom::MR) {
+            const uint8_t* from = query + row * c.query_row;
+            uint8_t* to = result + row * c.result_row;
+            const uint8_t* masks = mask ? mask + row * c.mask_row : nullptr;
+            switch (std::min<int64_t>(AttentionRoom::MR, c.rows - row)) {
+                case 6: attend_tile<6>(c, room, queries, results, from, to, masks, row); break;
+                case 5: attend_tile<5>(c, room, queries, results, from, to, masks, row); break;
+                case 4: attend_tile<4>(c, room, queries, results, from, to, masks, row); break;
+                case 3: attend_tile<3>(c, room, queries, results, from, to, masks, row); break;
+                case 2: attend_tile<2>(c, room, queries, results, from, to, masks, row); break;
+                default: attend_tile<1>(c, room, queries, results, from, to, masks, row);
+            }
+        }
+    }
+}
+
 // ----------------------------------------------------------------------------- linear layers with real numbers as input
 
 // The grid of a row from its smallest and largest number, by the formulas of `quant/rows.py`, operation for operation.
@@ -1335,6 +1612,7 @@ void execute(const int64_t* step, uint8_t* const* buffers, int thread, int threa
         case NORMALIZATION: return normalize(*(const Normalization*)step, buffers, thread, threads);
         case PRODUCT: return multiply(*(const Product*)step, buffers, thread, threads);
         case AFFINE: return affine(*(const Affine*)step, buffers, thread, threads);
+        case ATTENTION: return attend(*(const Attention*)step, buffers, thread, threads);
         case ROW_ENTRANCE: return enter_rows(*(const RowEntrance*)step, buffers, thread, threads);
         case ROW_LINEAR: {
             const RowLinear& c = *(const RowLinear*)step;
@@ -1364,6 +1642,7 @@ int64_t fxc_size(int64_t op) {
         case NORMALIZATION: return sizeof(Normalization);
         case PRODUCT: return sizeof(Product);
         case AFFINE: return sizeof(Affine);
+        case ATTENTION: return sizeof(Attention);
         case ROW_ENTRANCE: return sizeof(RowEntrance);
         case ROW_LINEAR: return sizeof(RowLinear);
         case WEIGHT_LINEAR: return sizeof(WeightLinear);

@@ -21,6 +21,7 @@ from fxcompress.emit.cpu_int8 import (
     Dequantize,
     Int8Add,
     Int8Affine,
+    Int8Attention,
     Int8AvgPool,
     Int8Conv,
     Int8DynamicLinear,
@@ -57,6 +58,9 @@ ELEMENTWISE = frozenset({
 
 #: Tensors of which only the shape is not known.
 _FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
+
+#: With more keys, sums of weights times values would not fit 32 bits.
+_MOST_KEYS = 2**15
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -819,6 +823,59 @@ class _Planner:
         self._multiply(weights, value, result, 1.0)
         return result
 
+    def _int8_attention(
+        self, module: Int8Attention, query: View, key: View, value: View, mask: View | None = None
+    ) -> View:
+        shape = (*query.meta.shape[:-1], value.meta.shape[-1])
+        views = [self._feature_rows(one) for one in (query, key, value)]
+        heads = [one.meta.shape[1] if one.meta.ndim == 4 else 1 for one in views]
+        images, keys = shape[0], key.meta.shape[-2]
+        alike = all(one.meta.ndim == len(shape) and one.meta.shape[0] == images for one in views)
+        if not alike or heads[1] != heads[2] or heads[0] % heads[1] or (heads[0] != heads[1] and not module.enable_gqa):
+            raise Unplanned
+        if keys > _MOST_KEYS or query.meta.shape[-1] > MOST_FEATURES:
+            raise Unplanned
+        dtype = torch.float32 if module.output is None else torch.uint8
+        made = self._new((images, shape[-2], heads[0], shape[-1]), dtype)  # as the next layer wants it
+        result = made.other(made.meta.transpose(1, 2) if len(shape) == 4 else made.meta[:, :, 0])
+        step = steps.Attention(
+            images=images, heads=heads[0], key_heads=heads[1], rows=shape[-2], keys=keys, depth=query.meta.shape[-1],
+            width=shape[-1], mask_kind=steps.NOTHING, causal=int(module.is_causal),
+            factor=module.query.scale * module.key.scale * (
+                query.meta.shape[-1] ** -0.5 if module.scale is None else module.scale
+            ), value_scale=module.value.scale,
+        )  # fmt: skip
+        for name, view in zip(("query", "key", "value", "result"), (*views, result), strict=True):
+            _set_distances(step, name, view)
+        for name in ("query", "key", "value"):
+            grid = getattr(module, name)
+            _set_numbers(step, f"{name}_", inverse(grid.scale), grid)
+        step.kind, step.inverse = steps.FLOAT, 1.0
+        if module.output is not None:
+            step.kind = steps.BYTES
+            _set_numbers(step, "", inverse(module.output.scale), module.output)
+        if mask is not None:
+            views.append(self._set_mask(step, mask, (*shape[:-1], keys)))
+        self._emit(step, *views, result)
+        return result
+
+    def _feature_rows(self, view: View) -> View:
+        """Real numbers (batch, length, features) or (batch, heads, length, features) with rows in one piece."""
+        if view.meta.dtype != torch.float32 or view.meta.ndim not in (3, 4) or view.meta.numel() == 0:
+            raise Unplanned
+        return view if view.meta.stride(-1) == 1 or view.meta.shape[-1] == 1 else self._contiguous(view)
+
+    def _set_mask(self, step: steps.Attention, mask: View, shape: tuple[int, ...]) -> View:
+        """Let attention read a mask, in one piece for each query."""
+        if mask.meta.dtype not in (torch.float32, torch.bool):
+            raise Unplanned
+        self.plan.mixes |= mask.meta.ndim < len(shape) and mask.buffer.place != "constant"
+        if mask.meta.shape[-1] != shape[-1] or mask.meta.stride(-1) != 1:
+            mask = self._contiguous(mask.other(mask.meta.expand(*mask.meta.shape[:-1], shape[-1])))
+        step.mask_kind = steps.FLOAT if mask.meta.dtype == torch.float32 else steps.BYTES
+        _set_distances(step, "mask", mask.other(mask.meta.expand(shape)))
+        return mask
+
     def _multiply(self, left: View, right: View, result: View, factor: float) -> None:
         """Emit result = factor * left @ right for each index of the outer dimensions."""
         if any(view.meta.dtype != torch.float32 or view.meta.numel() == 0 for view in (left, right)):
@@ -1105,6 +1162,23 @@ def _rows_place(view: View) -> steps.Place:
     return steps.Place(view.buffer.index, view.offset, pixel, 0)
 
 
+def _set_distances(step: steps.Attention, name: str, view: View) -> None:
+    """Where an operand of attention lies, and the distances of its images, heads and rows."""
+    strides = view.strides()
+    setattr(step, name, _start(view))
+    setattr(step, f"{name}_image", strides[0])
+    setattr(step, f"{name}_head", strides[1] if len(strides) == 4 else 0)
+    setattr(step, f"{name}_row", strides[-2])
+
+
+def _set_numbers(step: steps.Attention, prefix: str, inverse_: float, grid: Grid) -> None:
+    """How real numbers become integers."""
+    for name, number in (
+        ("inverse", inverse_), ("zero", grid.zero_point), ("low", grid.quant_min), ("high", grid.quant_max),
+    ):  # fmt: skip
+        setattr(step, f"{prefix}{name}", number)
+
+
 def _walk(view: View, order: list[int], shape: torch.Size) -> tuple[steps.Place, int]:
     """How a value is read along the dimensions of a result in their order in memory: place, and what it has one for.
 
@@ -1191,6 +1265,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     Int8Add: _Planner._sum,
     Int8Mul: _Planner._product,
     Int8Affine: _Planner._affine,
+    Int8Attention: _Planner._int8_attention,
     nn.LayerNorm: _Planner._layer_norm,
     nn.BatchNorm1d: _Planner._batch_norm,
     nn.BatchNorm2d: _Planner._batch_norm,

@@ -206,7 +206,26 @@ class Affine(Step):
     )  # fmt: skip
 
 
+class Attention(Step):
+    """Attention on bytes."""
+
+    number = 14
+    _fields_ = (
+        ("op", _number),
+        *((name, Place) for name in ("query", "key", "value", "result", "mask")),
+        *((name, _number) for name in ("images", "heads", "key_heads", "rows", "keys", "depth", "width")),
+        *((f"{name}_{part}", _number) for name in ("query", "key", "value", "result")
+          for part in ("image", "head", "row")),
+        *((f"mask_{part}", _number) for part in ("kind", "image", "head", "row")),
+        ("causal", _number),
+        *((f"{name}_inverse", _real) for name in ("query", "key", "value")),
+        *((f"{name}_{part}", _number) for name in ("query", "key", "value") for part in ("zero", "low", "high")),
+        ("factor", _real), ("value_scale", _real), ("kind", _number), ("inverse", _real), ("zero", _number),
+        ("low", _number), ("high", _number),
+    )  # fmt: skip
+
+
 KINDS: tuple[type[Step], ...] = (
     Convolution, Depthwise, Pooling, Entrance, Copy, Fill, Pointwise, Normalization, Product, RowEntrance, RowLinear,
-    WeightLinear, Affine,
+    WeightLinear, Affine, Attention,
 )  # fmt: skip
