@@ -124,7 +124,10 @@ class Executor:
         with contextlib.suppress(Unplannable):
             inputs = _positional(self.graph_module, tuple(inputs), {})
             plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
-            single = self._plan_of_one(inputs) if images_of(plan) > 1 else None
+            images = images_of(plan)
+            single = self._plan_of_one(inputs) if images > 1 else None
+            if single is not None and not keeps_apart(plan, single, images):
+                single = None
             bound = BoundPlan(plan, self.library, single)
             self._page_out()
         while len(self.plans) >= self.limit:
@@ -336,31 +339,42 @@ def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
 
 
 def images_of(plan: Plan) -> int:
-    """Return how many images (or other samples) a plan is for, if it computes each of them by itself; else 1.
+    """Return how many images (or other samples) a plan is for, if it may compute each of them by itself; else 1.
 
-    That is so if the first dimension of every value counts the images, the images of a buffer lie one after the other,
-    and every item is a step: all kinds of steps keep images apart, but products of matrices that are not stacked.
+    That is so if the first dimension of all inputs counts the images, and every item is a step: all kinds of steps keep
+    images apart, but products of matrices that are not stacked. `keeps_apart` looks at everything in between.
     """
     found = {view.meta.shape[0] if view.meta.ndim else 0 for view in plan.inputs}
     images = found.pop() if len(found) == 1 else 1
     if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
         return 1
-    if _reads_weights_for_few(plan, images):
-        return 1
-    for view in plan.views:
+    return 1 if _reads_weights_for_few(plan, images) else images
+
+
+def keeps_apart(plan: Plan, single: Plan, images: int) -> bool:
+    """Whether running the plan of one image on each of them is the same as running the plan of all.
+
+    That is so if the images are the outermost part of the first dimension of every value, one after the other in its
+    buffer, as the windows of each image are in shifted-window attention. The plan of one image shows it: everything
+    there is an image's part of what is here, and what is in no image is the same.
+    """
+    if len(plan.views) != len(single.views):
+        return False
+    for view, one in zip(plan.views, single.views, strict=True):
         if view.buffer.place == "constant":
-            if view.meta.ndim and view.meta.shape[0] == images:
-                return 1  # perhaps a number for each image
+            if view.meta.shape != one.meta.shape and (view.meta.ndim == 0 or view.meta.stride(0) != 0):
+                return False  # perhaps a number for each image
         elif (
             view.meta.ndim == 0
-            or view.meta.shape[0] != images
+            or view.meta.shape[0] != images * one.meta.shape[0]
+            or view.meta.shape[1:] != one.meta.shape[1:]
             or view.buffer.bytes % images
-            or view.strides()[0] * images != view.buffer.bytes
+            or view.strides()[0] * view.meta.shape[0] != view.buffer.bytes
             or view.offset >= view.strides()[0]
         ):
-            return 1
+            return False
     leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
-    return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
+    return all(leaf.buffer.place == "output" for leaf in leaves)
 
 
 def _reads_weights_for_few(plan: Plan, images: int) -> bool:
