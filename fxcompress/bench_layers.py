@@ -26,7 +26,8 @@ from fxcompress.emit.cpu_int8 import Int8Linear
 from fxcompress.emit.cpu_numbers import has_kernels
 from fxcompress.emit.native.executor import BoundPlan, Unplannable, record
 from fxcompress.emit.native.library import Library, library
-from fxcompress.emit.native.planner import Plan, PythonCall, make_plan
+from fxcompress.emit.native.plan import Plan, PythonCall
+from fxcompress.emit.native.planner import make_plan
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import info

@@ -176,9 +176,9 @@ class Int8Lowering:
             self._quantize(node)
         elif kind == "fake_quantize_rows":
             self._quantize_rows(node)
-        elif kind in _COMPUTING and self._start_computing(node):
-            return
-        elif kind == "fake_quantize_attention" and self._start_attention(node):
+        elif (kind in _COMPUTING and self._start_computing(node)) or (
+            kind == "fake_quantize_attention" and self._start_attention(node)
+        ):
             return
         elif self._moves_integers(node):
             _MOVERS[kind](self, node)

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_struct
 
 from fxcompress.emit.cpu_numbers import Kernel, broadcast, channels_last_strides
 from fxcompress.emit.native import memory, steps
+from fxcompress.emit.native.handlers.pointwise import ELEMENTWISE
 from fxcompress.emit.native.library import Library, library
 from fxcompress.emit.native.memory import SLACK, View
 from fxcompress.emit.native.paging import give_back, page_out
-from fxcompress.emit.native.planner import ELEMENTWISE, Plan, PythonCall, make_plan
+from fxcompress.emit.native.plan import Plan, PythonCall
+from fxcompress.emit.native.planner import make_plan
 from fxcompress.graph import ops
 
 

@@ -88,7 +88,8 @@ struct Pooling {
     int64_t average;  // 0: maximum
     int64_t count_padding;
     int64_t source_zero;
-    double factor;  // average: y = (sum / count - source_zero) * factor, to bytes
+    double factor;  // average: y = (sum / count - source_zero) * factor
+    int64_t kind;   // of source and result; real numbers have averages only
     int64_t zero, low, high;
 };
 
@@ -743,18 +744,18 @@ void convolve_depthwise(const Depthwise& c, uint8_t* const* buffers, int thread,
 // -------------------------------------------------------------------------------------------------------- pooling
 
 void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
-    const int64_t pixels = c.images * c.height * c.width, wide = c.average ? 16 : 64;
+    const int64_t pixels = c.images * c.height * c.width, wide = c.average ? 16 : 64, size = c.kind == FLOAT ? 4 : 1;
     const int64_t chunks = (c.channels + wide - 1) / wide, total = chunks * pixels;
     const Limits limits(1.0, c.zero, c.low, c.high);
     for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
         const int64_t pixel = work / chunks, chunk = work % chunks;
         const int64_t image = pixel / (c.height * c.width), row = pixel / c.width % c.height, column = pixel % c.width;
         const int64_t count = std::min<int64_t>(wide, c.channels - wide * chunk);
-        const uint8_t* base = buffers[c.source.buffer] + c.source.offset + image * c.source.image + wide * chunk;
+        const uint8_t* base = buffers[c.source.buffer] + c.source.offset + image * c.source.image + wide * chunk * size;
         const int64_t* rows = c.rows + row * c.rows_of_window;
         const int64_t* columns = c.columns + column * c.columns_of_window;
         uint8_t* to = buffers[c.result.buffer] + c.result.offset + image * c.result.image +
-                      (row * c.width + column) * c.result.pixel + wide * chunk;
+                      (row * c.width + column) * c.result.pixel + wide * chunk * size;
         if (!c.average) {
             const __mmask64 mask = first_bytes(count);
             __m512i best = _mm512_setzero_si512();
@@ -769,17 +770,25 @@ void pool(const Pooling& c, uint8_t* const* buffers, int thread, int threads) {
         }
         const __mmask16 mask = first_floats(count);
         __m512i sum = _mm512_setzero_si512();
+        __m512 real_sum = _mm512_setzero_ps();
         int64_t inside = 0;
         for (int64_t y = 0; y < c.rows_of_window; y++) {
             if (rows[y] == OUTSIDE) continue;
             for (int64_t x = 0; x < c.columns_of_window; x++)
                 if (columns[x] != OUTSIDE) {
+                    const uint8_t* from = base + rows[y] + columns[x];
                     inside++;
-                    sum = _mm512_add_epi32(
-                        sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, base + rows[y] + columns[x])));
+                    if (c.kind == FLOAT)
+                        real_sum = _mm512_add_ps(real_sum, _mm512_maskz_loadu_ps(mask, (const float*)from));
+                    else
+                        sum = _mm512_add_epi32(sum, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from)));
                 }
         }
         const int64_t divisor = c.count_padding ? c.rows_of_window * c.columns_of_window : inside;
+        if (c.kind == FLOAT) {
+            _mm512_mask_storeu_ps((float*)to, mask, _mm512_div_ps(real_sum, _mm512_set1_ps((float)divisor)));
+            continue;
+        }
         const float zero = (float)(inside * c.source_zero), factor = (float)(c.factor / (double)divisor);
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(zero)), _mm512_set1_ps(factor));
         const __m512i nothing = _mm512_setzero_si512(), q[4] = {_mm512_cvtps_epi32(y), nothing, nothing, nothing};

@@ -83,7 +83,8 @@ class Pooling(Step):
         ("op", _number), ("source", Place), ("result", Place), ("images", _number), ("height", _number),
         ("width", _number), ("channels", _number), ("rows_of_window", _number), ("columns_of_window", _number),
         ("rows", _pointer), ("columns", _pointer), ("average", _number), ("count_padding", _number),
-        ("source_zero", _number), ("factor", _real), ("zero", _number), ("low", _number), ("high", _number),
+        ("source_zero", _number), ("factor", _real), ("kind", _number), ("zero", _number), ("low", _number),
+        ("high", _number),
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What plans hold for each module and function, room by room."""
