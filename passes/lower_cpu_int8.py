@@ -176,9 +176,7 @@ class Int8Lowering:
             self._quantize(node)
         elif kind == "fake_quantize_rows":
             self._quantize_rows(node)
-        elif (kind in _COMPUTING and self._start_computing(node)) or (
-            kind == "fake_quantize_attention" and self._start_attention(node)
-        ):
+        elif kind in _STARTS and getattr(self, _STARTS[kind])(node):
             return
         elif self._moves_integers(node):
             _MOVERS[kind](self, node)
@@ -660,7 +658,11 @@ _SPATIAL: dict[Any, int] = {
     for dimensions in (1, 2, 3)
 }
 
-_COMPUTING = frozenset({"add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"})
+#: Kinds that compute, and the methods that find out whether they do so on integers.
+_STARTS = {
+    **dict.fromkeys(("add", "mul", "avg_pool", "adaptive_avg_pool", "mean", "batch_norm"), "_start_computing"),
+    "fake_quantize_attention": "_start_attention",
+}
 
 #: What becomes of operators that move numbers only.
 _MOVERS: dict[str, Callable[[Int8Lowering, fx.Node], None]] = {

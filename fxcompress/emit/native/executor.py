@@ -468,7 +468,7 @@ def whole_from(whole: Plan, single: Plan, images: int) -> int:
     """Return the first item that is better run on all images at once than on one after the other.
 
     Before it, the weights of a layer come from afar for every image; from it on, the values of all images do. The place
-    is that where the fewest bytes do.
+    is that where kernels wait for the fewest bytes.
     """
     everything = len(whole.items)
     alike = [type(item) for item in whole.items] == [type(item) for item in single.items] and all(
@@ -477,9 +477,9 @@ def whole_from(whole: Plan, single: Plan, images: int) -> int:
     )
     if not alike or len(whole.buffers) != len(single.buffers):
         return everything
-    weights = [_weights(item) for item in whole.items]
-    if sum(weights) < _AT_HAND:
+    if sum(map(_weights, whole.items)) < _AT_HAND:
         return everything
+    weights = [_weights(item) * _waited_for(item) for item in single.items]
     values = [sum(whole.buffers[place.buffer].bytes for place in _places(item)) for item in whole.items]
     cost = sum(values)
     best, found = cost, 0
@@ -492,6 +492,15 @@ def whole_from(whole: Plan, single: Plan, images: int) -> int:
 
 #: Bytes of weights that stay in a core's cache from one image to the next.
 _AT_HAND = 512 << 10
+
+
+#: Pixels of an image that keep a core busy for as long as the next weights take to come.
+_BUSY = 64
+
+
+def _waited_for(item: steps.Step | PythonCall) -> float:
+    """The share of its weights that a layer waits for: kernels fetch the next ones while they multiply."""
+    return min(1.0, _BUSY / (item.height * item.width)) if isinstance(item, steps.Convolution) else 1.0
 
 
 def _weights(item: steps.Step | PythonCall) -> int:

@@ -54,7 +54,7 @@ def attention(draft: Draft, given: dict[str, Any]) -> View:
 def int8_attention(
     draft: Draft, module: Int8Attention, query: View, key: View, value: View, mask: View | None = None
 ) -> View:
-    """Attention on bytes, of real query, key and value (images, length, features) or (images, heads, length, features)."""
+    """Attention on bytes, of real numbers (images, length, features), perhaps with heads behind the images."""
     views = [_feature_rows(draft, one) for one in (query, key, value)]
     images, queries, width = query.meta.shape[0], query.meta.shape[-2], value.meta.shape[-1]
     keys, depth = key.meta.shape[-2:]
