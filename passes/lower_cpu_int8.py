@@ -149,7 +149,8 @@ class Int8Lowering:
 
     def attention(self, grids: list[Any], output: Grid | None, options: dict[str, Any]) -> Kernel | None:
         """Return the module of attention on bytes; None where there is none."""
-        return Int8Attention(*grids, None if output is None else output.config(), **options)
+        query, key, value = grids
+        return Int8Attention(query, key, value, None if output is None else output.config(), **options)
 
     # The walk
 

@@ -53,14 +53,10 @@ class Int8Attention(Kernel):
             query, key, value: (batch, heads, length, features), or without some of the first dimensions.
             mask: numbers to add to the scores, or True where a query may look; broadcast to them.
         """
-        grids = (self.query, self.key, self.value)
-        rounded = (
-            real(integers(one.detach().float().clone(), grid), grid)
-            for one, grid in zip((query, key, value), grids, strict=True)
-        )
         result = fake_quantize_attention(
-            *rounded, mask, is_causal=self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
-        )
+            _rounded(query, self.query), _rounded(key, self.key), _rounded(value, self.value), mask,
+            is_causal=self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa,
+        )  # fmt: skip
         return result if self.output is None else integers(result, self.output)
 
     def outline(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -87,3 +83,7 @@ class Int8Attention(Kernel):
             "output": None if self.output is None else self.output.config(),
             "scale": self.scale, "is_causal": self.is_causal, "enable_gqa": self.enable_gqa,
         }  # fmt: skip
+
+
+def _rounded(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return real(integers(x.detach().float().clone(), grid), grid)
