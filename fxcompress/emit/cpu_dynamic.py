@@ -9,7 +9,6 @@ Here both are plain PyTorch operators; kernels of our own are in `emit.native`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 
 from fxcompress.emit.cpu_layers import QuantizedLayer, Run
 from fxcompress.emit.cpu_numbers import Kernel, without_kernels
+from fxcompress.emit.layers import Linear
 from fxcompress.errors import OptionError
 from fxcompress.quant.rows import quantize_rows
 
@@ -50,30 +50,13 @@ class QuantizeRows(Kernel):
         return {"quant_min": self.quant_min, "quant_max": self.quant_max}
 
 
-class _FloatInputLinear(QuantizedLayer):
+class _FloatInputLinear(Linear, QuantizedLayer):
     """What the two linear layers share.
 
     Args:
         in_features, out_features: as in `torch.nn.Linear`.
         bias, output, activation, residual, overwrite: see `QuantizedLayer`.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        output: Sequence[Any] | None = None,
-        activation: Sequence[Any] | None = None,
-        residual: Sequence[Any] | str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        super().__init__((out_features, in_features), bias, output, activation, residual, overwrite)
-        self.in_features, self.out_features = int(in_features), int(out_features)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
 
     def _with_bias(self, products: torch.Tensor) -> torch.Tensor:
         return products if self.bias is None else products + self.bias

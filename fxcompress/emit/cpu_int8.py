@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from fxcompress.emit.cpu_attention import Int8Attention
 from fxcompress.emit.cpu_dynamic import Int8DynamicLinear, Int8Embedding, Int8WeightOnlyLinear, QuantizeRows
-from fxcompress.emit.cpu_layers import ACTIVATIONS, Int8Conv, Int8Layer, Int8Linear, QuantizedLayer, activation_of
+from fxcompress.emit.cpu_layers import Int8Conv, Int8Layer, Int8Linear, QuantizedLayer
 from fxcompress.emit.cpu_numbers import Dequantize, Kernel, Quantize
 from fxcompress.emit.cpu_pointwise import Int8Add, Int8Affine, Int8AvgPool, Int8MaxPool, Int8Mul
+from fxcompress.emit.layers import ACTIVATIONS, activation_of
 
 __all__ = [
     "ACTIVATIONS",

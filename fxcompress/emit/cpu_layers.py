@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from fxcompress.emit import onednn
 from fxcompress.emit.cpu_numbers import (
-    Kernel,
     broadcast,
     channels_last_strides,
     images_outline,
@@ -28,105 +27,50 @@ from fxcompress.emit.cpu_numbers import (
     real,
     without_kernels,
 )
-from fxcompress.errors import InputError, OptionError
+from fxcompress.emit.layers import Convolution, Layer, Linear
+from fxcompress.errors import InputError
 from fxcompress.quant.cpu import cpu_features
 from fxcompress.quant.spec import REDUCED_WEIGHT_LIMIT, Grid
 
 Run = Callable[..., torch.Tensor]
 
-_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _LARGEST = torch.finfo(torch.float32).max
-
-#: Activations by name, as float functions of (tensor, *arguments). A clamp's limits may be None.
-ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "clamp": torch.clamp,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
-    "leaky_relu": F.leaky_relu,
-    "tanh": torch.tanh,
-}
 
 #: oneDNN's words for activations. A clamp from zero upwards is "relu", none at all is "none".
 _WORDS = {"clamp": "hardtanh", "hardswish": "hardswish", "silu": "swish", "gelu": "gelu", "leaky_relu": "leaky_relu",
           "tanh": "tanh"}  # fmt: skip
 
 
-def activation_of(kind: str, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return an activation as (name, *arguments), or None if it is none of `ACTIVATIONS`.
+class QuantizedLayer(Layer):
+    """What all layers with int8 weights share.
 
     Args:
-        kind: of the node, see `graph.ops`.
-        arguments: of the node, by name.
-    """
-    if kind == "relu":
-        return ("clamp", 0.0, None)
-    if kind == "relu6":
-        return ("clamp", 0.0, 6.0)
-    if kind in ("hardtanh", "clamp"):
-        limits = [arguments.get(name) for name in (("min_val", "max_val") if kind == "hardtanh" else ("min", "max"))]
-        if not all(limit is None or isinstance(limit, (int, float)) for limit in limits):
-            return None
-        return ("clamp", *(None if limit is None else float(limit) for limit in limits))
-    if kind == "gelu":
-        return ("gelu", str(arguments["approximate"]))
-    if kind == "leaky_relu":
-        return ("leaky_relu", float(arguments["negative_slope"]))
-    return (kind,) if kind in ("hardswish", "silu", "tanh") else None
-
-
-class QuantizedLayer(Kernel):
-    """What all layers with int8 weights share: scales of output channels, float bias, residual, activation.
-
-    Args:
-        weight_shape: shape of the weight; output channels first.
-        bias: whether there is a bias.
-        output: grid of the result; None: the result is float32.
-        activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
-        residual: grid of a second input, which is added before the activation; "float": it is float32; None: there is
-            no second input. It may have any shape that broadcasts with the result's; one that is not the same takes an
-            add of its own.
+        weight_shape, bias, output, activation, residual: see `Layer`; what is real is float32. A residual that has not
+            the result's shape takes an add of its own.
         overwrite: whether the result may use the memory of the second input.
     """
 
-    weight: torch.Tensor
     weight_scale: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(
         self,
         weight_shape: Sequence[int],
         bias: bool,
-        output: Sequence[Any] | None,
-        activation: Sequence[Any] | None,
-        residual: Sequence[Any] | str | None,
-        overwrite: bool,
+        output: Sequence[Any] | None = None,
+        activation: Sequence[Any] | None = None,
+        residual: Sequence[Any] | str | None = None,
+        overwrite: bool = False,
     ) -> None:
-        super().__init__()
-        self.output = None if output is None else Grid.from_config(output)
-        self.activation = None if activation is None else (str(activation[0]), *activation[1:])
-        if self.activation is not None and self.activation[0] not in ACTIVATIONS:
-            raise OptionError(f"{type(self).__name__} has no activation {self.activation[0]!r}")
-        self.residual = residual if residual is None or isinstance(residual, str) else Grid.from_config(residual)
+        super().__init__(weight_shape, bias, output, activation, residual)
         self.overwrite = bool(overwrite)
-        self.register_buffer("weight", torch.zeros(tuple(weight_shape), dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.ones(weight_shape[0]))
-        self.register_buffer("bias", torch.zeros(weight_shape[0]) if bias else None)
         self._run: Run | None = None  # derived from all of the above at the first call
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that all layers share."""
-        residual = self.residual
-        return {
-            "bias": self.bias is not None,
-            "output": None if self.output is None else self.output.config(),
-            "activation": None if self.activation is None else list(self.activation),
-            "residual": residual.config() if isinstance(residual, Grid) else residual,
-            "overwrite": self.overwrite,
-        }
+        return {**super().config(), "overwrite": self.overwrite}
 
     def repack(self) -> None:
-        """Forget what was derived from tensors and grids. To be called after changing them in place."""
+        """As in `Layer`."""
         self._run = None
 
     def _has_kernel(self) -> bool:
@@ -137,27 +81,12 @@ class QuantizedLayer(Kernel):
         largest = max(-int(self.weight.min()), int(self.weight.max()))
         return features.vnni or largest <= REDUCED_WEIGHT_LIMIT
 
-    def _real_weight(self) -> torch.Tensor:
-        """The weight in float32."""
-        return self.weight.float() * self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
-
     def _finish(self, result: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """What follows products and bias, by PyTorch."""
         if residual is not None:
             result = result + (real(residual, self.residual) if isinstance(self.residual, Grid) else residual)
-        if self.activation is not None:
-            result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
+        result = self._activated(result)
         return result if self.output is None else integers(result, self.output)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        floats = {name: getattr(self, name) for name in ("weight_scale", "bias")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in floats.items():
-            after = getattr(self, name)
-            if after is not None and after.dtype != torch.float32:  # .half() and .double() are for float layers
-                setattr(self, name, before.to(after.device))
-        self._run = None
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}
@@ -176,10 +105,10 @@ class Int8Layer(QuantizedLayer):
         weight_shape: Sequence[int],
         bias: bool,
         input: Sequence[Any],
-        output: Sequence[Any] | None,
-        activation: Sequence[Any] | None,
-        residual: Sequence[Any] | str | None,
-        overwrite: bool,
+        output: Sequence[Any] | None = None,
+        activation: Sequence[Any] | None = None,
+        residual: Sequence[Any] | str | None = None,
+        overwrite: bool = False,
     ) -> None:
         super().__init__(weight_shape, bias, output, activation, residual, overwrite)
         self.input = Grid.from_config(input)
@@ -303,10 +232,6 @@ class Int8Layer(QuantizedLayer):
 
         return run
 
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        """The shape of the layer's own result, without a residual."""
-        raise NotImplementedError
-
     def _finishing_outside(self, input: torch.Tensor) -> Run:
         """A kernel for the products alone, with a float result; everything behind them by PyTorch."""
         plain = self.from_config({**self.config(), "output": None, "activation": None, "residual": None})
@@ -326,10 +251,6 @@ class Int8Layer(QuantizedLayer):
 
     def _in_floats(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return self._finish(self._products(real(input, self.input), self._real_weight()), residual)
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The layer on real numbers, bias included."""
-        raise NotImplementedError
 
     # What kernels are given
 
@@ -376,64 +297,16 @@ class Int8Layer(QuantizedLayer):
         return (-shift if self.bias is None else self.bias.double() - shift).float()
 
 
-class Int8Conv(Int8Layer):
+class Int8Conv(Convolution, Int8Layer):
     """Convolution with one, two or three spatial dimensions.
 
     Args:
-        in_channels, out_channels, groups: as in `torch.nn.Conv2d`.
-        kernel_size, stride, padding, dilation: one number for each spatial dimension.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: see `Convolution`.
         bias, input, output, activation, residual, overwrite: see `Int8Layer`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        bias: bool,
-        input: Sequence[Any],
-        output: Sequence[Any] | None = None,
-        activation: Sequence[Any] | None = None,
-        residual: Sequence[Any] | str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        shape = (out_channels, in_channels // groups, *kernel_size)
-        super().__init__(shape, bias, input, output, activation, residual, overwrite)
-        self.in_channels, self.out_channels, self.groups = int(in_channels), int(out_channels), int(groups)
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            **super().config(),
-        }
-
     def _inputs(self) -> tuple[int, int]:
         return self.in_channels, -len(self.kernel_size) - 1
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        convolve = _CONVOLUTIONS[len(self.kernel_size)]
-        return convolve(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        sizes = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(input[-len(self.stride) :], *geometry, strict=True)
-        ]
-        return (*input[: -len(self.stride) - 1], self.out_channels, *sizes)
 
     # A kernel with one spatial dimension knows few activations and no sum, so that one is made two.
 
@@ -531,7 +404,7 @@ class Int8Conv(Int8Layer):
         return run
 
 
-class Int8Linear(Int8Layer):
+class Int8Linear(Linear, Int8Layer):
     """Linear layer on inputs of shape (..., in_features).
 
     Args:
@@ -539,32 +412,8 @@ class Int8Linear(Int8Layer):
         bias, input, output, activation, residual, overwrite: see `Int8Layer`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        input: Sequence[Any],
-        output: Sequence[Any] | None = None,
-        activation: Sequence[Any] | None = None,
-        residual: Sequence[Any] | str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        super().__init__((out_features, in_features), bias, input, output, activation, residual, overwrite)
-        self.in_features, self.out_features = int(in_features), int(out_features)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
-
     def _inputs(self) -> tuple[int, int]:
         return self.in_features, -1
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, weight, self.bias)
-
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        return (*input[:-1], self.out_features)
 
     def _primitive(self, input: torch.Tensor, word: str, arguments: list[Any], algorithm: str) -> Run:
         dtype = self._result()[2]

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxcompress.emit.cpu_layers import ACTIVATIONS as _SHARED_ACTIVATIONS
-from fxcompress.emit.cpu_layers import activation_of as _shared_activation_of
 from fxcompress.emit.cpu_numbers import Kernel, inverse
 from fxcompress.emit.cuda import device, launch, pointwise_launch, tuning
 from fxcompress.emit.cuda.launch import SHIFT, Blocks, Ending, Packed, Window
+from fxcompress.emit.layers import ACTIVATIONS as _SHARED_ACTIVATIONS
+from fxcompress.emit.layers import Convolution, Layer, Linear
+from fxcompress.emit.layers import activation_of as _shared_activation_of
 from fxcompress.errors import OptionError
 from fxcompress.graph.devices import in_full_float32
 from fxcompress.quant.spec import Grid
@@ -47,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def activation_of(kind: str, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return an activation as (name, *arguments), or None if it is none of `ACTIVATIONS`. See `emit.cpu_layers`."""
+    """Return an activation as (name, *arguments), or None if it is none of `ACTIVATIONS`. See `emit.layers`."""
     return (kind,) if kind in ("sigmoid", "hardsigmoid") else _shared_activation_of(kind, arguments)
 
 
@@ -62,76 +63,48 @@ def bytes_of(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return steps.clamp(grid.quant_min - SHIFT, grid.quant_max - SHIFT).to(torch.int8)
 
 
-class CudaLayer(Kernel):
+class CudaLayer(Layer):
     """What convolution and linear share.
 
     Args:
-        weight_shape: shape of the weight; output channels first.
+        weight_shape, bias, output, activation, residual: see `Layer`.
         numbers: what products are computed in: "int8", "fp8", "fp16" or "bf16". "fp8" takes real inputs, which it
             rounds row by row with scales of their own.
         real: dtype of real inputs, residuals and results: "fp16" or "bf16".
-        bias: whether there is a bias.
         input: grid of the input; only with "int8".
-        output: grid of the result; None: the result is real.
-        activation: (name, *arguments) as in `ACTIVATIONS`; None: there is none.
-        residual: grid of a second input, which is added before the activation; "float": it is real; None: there is no
-            second input. It has the result's shape, or one that broadcasts to it.
     """
 
-    weight: torch.Tensor
-    weight_scale: torch.Tensor | None
-    bias: torch.Tensor | None
+    activations = ACTIVATIONS
 
     def __init__(
         self,
         weight_shape: Sequence[int],
-        numbers: str,
-        real: str,
         bias: bool,
-        input: Sequence[Any] | None,
-        output: Sequence[Any] | None,
-        activation: Sequence[Any] | None,
-        residual: Sequence[Any] | str | None,
+        numbers: str = "int8",
+        real: str = "fp16",
+        input: Sequence[Any] | None = None,
+        output: Sequence[Any] | None = None,
+        activation: Sequence[Any] | None = None,
+        residual: Sequence[Any] | str | None = None,
     ) -> None:
-        super().__init__()
         if numbers not in NUMBERS or real not in REALS or (numbers == "int8") != (input is not None):
             raise OptionError(f"{type(self).__name__} cannot compute in {numbers!r} with values in {real!r}")
+        dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, **REALS}[numbers]
+        super().__init__(weight_shape, bias, output, activation, residual, dtype, scaled=numbers in ("int8", "fp8"))
         self.numbers, self.real = numbers, real
         self.input = None if input is None else Grid.from_config(input)
-        self.output = None if output is None else Grid.from_config(output)
-        self.activation = None if activation is None else (str(activation[0]), *activation[1:])
-        if self.activation is not None and self.activation[0] not in ACTIVATIONS:
-            raise OptionError(f"{type(self).__name__} has no activation {self.activation[0]!r}")
-        self.residual = residual if residual is None or isinstance(residual, str) else Grid.from_config(residual)
-        kinds = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, **REALS}
-        self.register_buffer("weight", torch.zeros(tuple(weight_shape), dtype=kinds[numbers]))
-        scaled = numbers in ("int8", "fp8")
-        self.register_buffer("weight_scale", torch.ones(weight_shape[0]) if scaled else None)
-        self.register_buffer("bias", torch.zeros(weight_shape[0]) if bias else None)
-        self._forget()
+        self.repack()
 
-    def _forget(self) -> None:
-        """Forget what was derived from the tensors."""
+    def repack(self) -> None:
+        """As in `Layer`."""
         self._packed: Packed | None = None
         self._chosen: dict[Any, Run] = {}
         self._library_tensors: dict[str, Any] = {}
 
-    def repack(self) -> None:
-        """Forget what was derived from the tensors. To be called after changing them in place."""
-        self._forget()
-
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that all layers share."""
-        residual = self.residual
-        return {
-            "numbers": self.numbers,
-            "real": self.real,
-            "bias": self.bias is not None,
-            "input": None if self.input is None else self.input.config(),
-            "output": None if self.output is None else self.output.config(),
-            "activation": None if self.activation is None else list(self.activation),
-            "residual": residual.config() if isinstance(residual, Grid) else residual,
-        }
+        own = {"numbers": self.numbers, "real": self.real, "input": None if self.input is None else self.input.config()}
+        return {**own, **super().config()}
 
     def fill(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None) -> None:
         """Set the tensors: int8 numbers with their scales, or real ones, which are rounded to what the layer has."""
@@ -143,7 +116,7 @@ class CudaLayer(Kernel):
             self.weight_scale.data = scale.detach().float()
         if self.bias is not None and bias is not None:
             self.bias.data = bias.detach().float()
-        self._forget()
+        self.repack()
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's result, for a second input as well if it takes one."""
@@ -254,43 +227,23 @@ class CudaLayer(Kernel):
         """A value as (images, channels, height, width)."""
         raise NotImplementedError
 
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The layer on real numbers, bias included."""
-        raise NotImplementedError
-
     # In float32
 
     def _in_floats(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        weight = self.weight.float()
-        if self.weight_scale is not None:
-            weight = weight * self.weight_scale.view(-1, *[1] * (weight.ndim - 1))
         with in_full_float32():
-            result = self._products(input.float() if self.input is None else real_of(input, self.input), weight)
+            x = input.float() if self.input is None else real_of(input, self.input)
+            result = self._products(x, self._real_weight())
         if residual is not None:
             grid = self.residual
             result = result + (real_of(residual, grid) if isinstance(grid, Grid) else residual.float())
-        if self.activation is not None:
-            result = ACTIVATIONS[self.activation[0]](result, *self.activation[1:])
+        result = self._activated(result)
         return result.to(REALS[self.real]) if self.output is None else bytes_of(result, self.output)
 
     # Copies, devices, files
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # .half() is for other layers
-                self._buffers[name] = old.to(new.device)
-        self._forget()
-        return self
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
+        self.repack()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_chosen": {}, "_library_tensors": {}}
@@ -324,50 +277,13 @@ class Tiled:
         return result if result.shape == shape else result.reshape(shape)
 
 
-class CudaConv(CudaLayer):
+class CudaConv(Convolution, CudaLayer):
     """Convolution with one or two spatial dimensions.
 
     Args:
-        in_channels, out_channels, groups: as in `torch.nn.Conv2d`.
-        kernel_size, stride, padding, dilation: one number for each spatial dimension.
-        numbers, real, bias, input, output, activation, residual: see `CudaLayer`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: see `Convolution`.
+        bias, numbers, real, input, output, activation, residual: see `CudaLayer`.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        bias: bool,
-        numbers: str = "int8",
-        real: str = "fp16",
-        input: Sequence[Any] | None = None,
-        output: Sequence[Any] | None = None,
-        activation: Sequence[Any] | None = None,
-        residual: Sequence[Any] | str | None = None,
-    ) -> None:
-        shape = (out_channels, in_channels // groups, *kernel_size)
-        super().__init__(shape, numbers, real, bias, input, output, activation, residual)
-        self.in_channels, self.out_channels, self.groups = int(in_channels), int(out_channels), int(groups)
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            **super().config(),
-        }
 
     @property
     def window(self) -> Window:
@@ -387,18 +303,6 @@ class CudaConv(CudaLayer):
         if len(self.kernel_size) == 1:
             x = x.unsqueeze(-2)
         return x if x.ndim == 4 else x.unsqueeze(0)
-
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
-        sizes = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(input[-len(self.stride) :], *geometry, strict=True)
-        ]
-        return (*input[: -len(self.stride) - 1], self.out_channels, *sizes)
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        return convolve(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     # cuDNN
 
@@ -458,32 +362,13 @@ def _benchmarked() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-class CudaLinear(CudaLayer):
+class CudaLinear(Linear, CudaLayer):
     """Linear layer on inputs of shape (..., in_features).
 
     Args:
         in_features, out_features: as in `torch.nn.Linear`.
-        numbers, real, bias, input, output, activation, residual: see `CudaLayer`.
+        bias, numbers, real, input, output, activation, residual: see `CudaLayer`.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        numbers: str = "int8",
-        real: str = "fp16",
-        input: Sequence[Any] | None = None,
-        output: Sequence[Any] | None = None,
-        activation: Sequence[Any] | None = None,
-        residual: Sequence[Any] | str | None = None,
-    ) -> None:
-        super().__init__((out_features, in_features), numbers, real, bias, input, output, activation, residual)
-        self.in_features, self.out_features = int(in_features), int(out_features)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
-        return {"in_features": self.in_features, "out_features": self.out_features, **super().config()}
 
     @property
     def window(self) -> Window:
@@ -495,12 +380,6 @@ class CudaLinear(CudaLayer):
 
     def _as_images(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, x.shape[-1], 1, 1)
-
-    def _result_shape(self, input: torch.Size) -> tuple[int, ...]:
-        return (*input[:-1], self.out_features)
-
-    def _products(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, weight, self.bias)
 
     # cuBLAS and cuSPARSELt
 
