@@ -220,11 +220,12 @@ struct WeightLinear {
 // added up by these weights. All inputs are real numbers, which are brought onto their grids here.
 struct Attention {
     int64_t op;
-    Place query, key, value, result, mask;  // their rows and heads lie at the distances below, in bytes
-    int64_t images, heads, key_heads, rows, keys, depth, width;
-    int64_t query_image, query_head, query_row, key_image, key_head, key_row;
-    int64_t value_image, value_head, value_row, result_image, result_head, result_row;
-    int64_t mask_kind, mask_image, mask_head, mask_row;  // kind: -1: there is none; BYTES: not zero where it is open
+    Place query, key, value, result, mask;
+    int64_t sizes[3], key_heads;  // images, windows of an image, heads; heads of keys and values, which may be fewer
+    int64_t rows, keys, depth, width;
+    int64_t query_outer[3], key_outer[3], value_outer[3], result_outer[3], mask_outer[3];  // distances in bytes
+    int64_t query_row, key_row, value_row, result_row, mask_row;
+    int64_t mask_kind;  // -1: there is none; BYTES: not zero where it is open
     int64_t causal;
     double query_inverse, key_inverse, value_inverse;
     int64_t query_zero, query_low, query_high, key_zero, key_low, key_high, value_zero, value_low, value_high;
@@ -1376,18 +1377,19 @@ void attend(const Attention& c, uint8_t* const* buffers, int thread, int threads
     const AttentionRoom room(c);
     const Limits queries(c.query_inverse, c.query_zero, c.query_low, c.query_high);
     const Limits results(c.inverse, c.zero, c.low, c.high);
-    const int64_t total = c.images * c.heads, shared = c.heads / c.key_heads;
+    const int64_t total = c.sizes[0] * c.sizes[1] * c.sizes[2], shared = c.sizes[2] / c.key_heads;
     int64_t packed = -1;
     for (int64_t work = total * thread / threads; work < total * (thread + 1) / threads; work++) {
-        const int64_t image = work / c.heads, head = work % c.heads;
-        const uint8_t* query = buffers[c.query.buffer] + c.query.offset + image * c.query_image + head * c.query_head;
-        const uint8_t* key = buffers[c.key.buffer] + c.key.offset + image * c.key_image + head / shared * c.key_head;
-        const uint8_t* value =
-            buffers[c.value.buffer] + c.value.offset + image * c.value_image + head / shared * c.value_head;
-        uint8_t* result = buffers[c.result.buffer] + c.result.offset + image * c.result_image + head * c.result_head;
-        const uint8_t* mask = nullptr;
-        if (c.mask_kind != -1)
-            mask = buffers[c.mask.buffer] + c.mask.offset + image * c.mask_image + head * c.mask_head;
+        const int64_t head = work % c.sizes[2], window = work / c.sizes[2] % c.sizes[1];
+        const int64_t image = work / c.sizes[2] / c.sizes[1];
+        auto start = [&](const Place& place, const int64_t* outer, int64_t head_) {
+            return buffers[place.buffer] + place.offset + image * outer[0] + window * outer[1] + head_ * outer[2];
+        };
+        const uint8_t* query = start(c.query, c.query_outer, head);
+        const uint8_t* key = start(c.key, c.key_outer, head / shared);
+        const uint8_t* value = start(c.value, c.value_outer, head / shared);
+        uint8_t* result = start(c.result, c.result_outer, head);
+        const uint8_t* mask = c.mask_kind == -1 ? nullptr : start(c.mask, c.mask_outer, head);
         if (packed != work / shared) {
             pack_keys(c, room, key);
             pack_values(c, room, value);

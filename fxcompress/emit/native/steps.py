@@ -214,11 +214,10 @@ class Attention(Step):
     _fields_ = (
         ("op", _number),
         *((name, Place) for name in ("query", "key", "value", "result", "mask")),
-        *((name, _number) for name in ("images", "heads", "key_heads", "rows", "keys", "depth", "width")),
-        *((f"{name}_{part}", _number) for name in ("query", "key", "value", "result")
-          for part in ("image", "head", "row")),
-        *((f"mask_{part}", _number) for part in ("kind", "image", "head", "row")),
-        ("causal", _number),
+        ("sizes", _number * 3), *((name, _number) for name in ("key_heads", "rows", "keys", "depth", "width")),
+        *((f"{name}_outer", _number * 3) for name in ("query", "key", "value", "result", "mask")),
+        *((f"{name}_row", _number) for name in ("query", "key", "value", "result", "mask")),
+        ("mask_kind", _number), ("causal", _number),
         *((f"{name}_inverse", _real) for name in ("query", "key", "value")),
         *((f"{name}_{part}", _number) for name in ("query", "key", "value") for part in ("zero", "low", "high")),
         ("factor", _real), ("value_scale", _real), ("kind", _number), ("inverse", _real), ("zero", _number),

@@ -54,40 +54,42 @@ def attention(draft: Draft, given: dict[str, Any]) -> View:
 def int8_attention(
     draft: Draft, module: Int8Attention, query: View, key: View, value: View, mask: View | None = None
 ) -> View:
-    """Attention on bytes, of real numbers (images, length, features), perhaps with heads behind the images."""
+    """Attention on bytes, of real numbers (images, ..., length, features) with up to three dimensions in front."""
     views = [_feature_rows(draft, one) for one in (query, key, value)]
-    images, queries, width = query.meta.shape[0], query.meta.shape[-2], value.meta.shape[-1]
-    keys, depth = key.meta.shape[-2:]
-    heads = [one.meta.shape[1] if one.meta.ndim == 4 else 1 for one in views]
-    alike = all(one.meta.ndim == query.meta.ndim and one.meta.shape[0] == images for one in views)
-    shared = heads[0] != heads[1]
-    if not alike or heads[1] != heads[2] or heads[0] % heads[1] or (shared and not module.enable_gqa):
+    *outer, queries, depth = query.meta.shape
+    keys, width = value.meta.shape[-2:]
+    alike = all(one.meta.shape[: len(outer) - 1] == query.meta.shape[: len(outer) - 1] for one in views)
+    heads, key_heads, value_heads = (one.meta.shape[-3] for one in views)
+    shared = heads == key_heads or (module.enable_gqa and heads % key_heads == 0)
+    if not alike or len({one.meta.ndim for one in views}) != 1 or key_heads != value_heads or not shared:
         raise Unplanned
     if keys > _MOST_KEYS or depth > MOST_FEATURES:
         raise Unplanned
     output, scale = module.output, depth**-0.5 if module.scale is None else module.scale
-    made = draft.new((images, queries, heads[0], width), torch.float32 if output is None else torch.uint8)
-    result = made.other(made.meta.transpose(1, 2) if query.meta.ndim == 4 else made.meta[:, :, 0])
+    # Heads behind the length, as the next layer wants them.
+    made = draft.new((*outer[:-1], queries, heads, width), torch.float32 if output is None else torch.uint8)
+    result = made.other(made.meta.transpose(-3, -2))
     step = steps.Attention(
-        images=images, heads=heads[0], key_heads=heads[1], rows=queries, keys=keys, depth=depth, width=width,
-        mask_kind=steps.NOTHING, causal=int(module.is_causal),
-        factor=module.query.scale * module.key.scale * scale, value_scale=module.value.scale,
-        kind=steps.FLOAT if output is None else steps.BYTES, inverse=1.0,
+        key_heads=key_heads, rows=queries, keys=keys, depth=depth, width=width, mask_kind=steps.NOTHING,
+        causal=int(module.is_causal), factor=module.query.scale * module.key.scale * scale,
+        value_scale=module.value.scale, kind=steps.FLOAT if output is None else steps.BYTES, inverse=1.0,
     )  # fmt: skip
+    for position, size in enumerate([1] * (3 - len(outer)) + outer):
+        step.sizes[position] = size
     for name, view in zip(("query", "key", "value", "result"), (*views, result), strict=True):
         _set_distances(step, name, view)
     for name, grid in (("query_", module.query), ("key_", module.key), ("value_", module.value), ("", output)):
         if grid is not None:
             _set_numbers(step, name, grid)
     if mask is not None:
-        views.append(_set_mask(draft, step, mask, (*query.meta.shape[:-1], keys)))
+        views.append(_set_mask(draft, step, mask, (*outer, queries, keys)))
     draft.emit(step, *views, result)
     return result
 
 
 def _feature_rows(draft: Draft, view: View) -> View:
     """Real numbers with the features of each row in one piece."""
-    if view.meta.dtype != torch.float32 or view.meta.ndim not in (3, 4) or view.meta.numel() == 0:
+    if view.meta.dtype != torch.float32 or not 3 <= view.meta.ndim <= 5 or view.meta.numel() == 0:
         raise Unplanned
     return view if view.meta.stride(-1) == 1 or view.meta.shape[-1] == 1 else draft.contiguous(view)
 
@@ -105,12 +107,12 @@ def _set_mask(draft: Draft, step: steps.Attention, mask: View, shape: tuple[int,
 
 
 def _set_distances(step: steps.Attention, name: str, view: View) -> None:
-    """Where an operand lies, and the distances of its images, heads and rows."""
-    strides = view.strides()
+    """Where an operand lies, and the distances of what stands in front of its rows, and of the rows."""
+    *outer, row, _ = view.strides()
     setattr(step, name, start_of(view))
-    setattr(step, f"{name}_image", strides[0])
-    setattr(step, f"{name}_head", strides[1] if len(strides) == 4 else 0)
-    setattr(step, f"{name}_row", strides[-2])
+    setattr(step, f"{name}_row", row)
+    for position, distance in enumerate([0] * (3 - len(outer)) + outer):
+        getattr(step, f"{name}_outer")[position] = distance
 
 
 def _set_numbers(step: steps.Attention, prefix: str, grid: Grid) -> None:
