@@ -16,6 +16,7 @@ from fxcompress.passes.eliminate_identities import EliminateIdentities
 from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse import Fuse
 from fxcompress.passes.fuse_activation import FuseActivation
+from fxcompress.passes.fuse_attention import FuseAttention
 from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.iterate import Iterate
@@ -44,6 +45,7 @@ __all__ = [
     "FoldConstants",
     "Fuse",
     "FuseActivation",
+    "FuseAttention",
     "InsertObservers",
     "Iterate",
     "Lower",

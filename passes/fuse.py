@@ -10,6 +10,7 @@ from fxcompress.passes.eliminate_dead import EliminateDead
 from fxcompress.passes.eliminate_identities import EliminateIdentities
 from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse_activation import FuseActivation
+from fxcompress.passes.fuse_attention import FuseAttention
 from fxcompress.passes.fuse_conv_bn import FoldBatchNorm, FoldBatchNormForward
 from fxcompress.pipeline.base import Contract, Pass
 
@@ -21,9 +22,10 @@ class Fuse(Pass):
     1. FoldConstants first: it turns computed options into plain ones.
     2. EliminateIdentities: what stood between two nodes that belong together goes.
     3. EliminateCommon: equal nodes become one, whose readers are then known.
-    4. FoldBatchNorm before FoldBatchNormForward: behind a layer is exact whatever the padding.
-    5. EliminateDead: what the steps before left over.
-    6. FuseActivation last: its marks name nodes that stay.
+    4. FuseAttention, where the dropout inside has gone.
+    5. FoldBatchNorm before FoldBatchNormForward: behind a layer is exact whatever the padding.
+    6. EliminateDead: what the steps before left over.
+    7. FuseActivation last: its marks name nodes that stay.
 
     Batch norms and dropout in training mode are left as they are; `fxcompress.compile` captures models in evaluation
     mode.
@@ -38,6 +40,7 @@ class Fuse(Pass):
             FoldConstants(),
             EliminateIdentities(),
             EliminateCommon(),
+            FuseAttention(),
             FoldBatchNorm(),
             FoldBatchNormForward(),
             EliminateDead(),

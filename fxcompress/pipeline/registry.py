@@ -17,6 +17,7 @@ BUILT_IN: dict[str, str] = {
     "fold-batch-norm": "fuse_conv_bn:FoldBatchNorm",
     "fold-batch-norm-forward": "fuse_conv_bn:FoldBatchNormForward",
     "fuse-activation": "fuse_activation:FuseActivation",
+    "fuse-attention": "fuse_attention:FuseAttention",
     "fold-constants": "fold_constants:FoldConstants",
     "eliminate-identities": "eliminate_identities:EliminateIdentities",
     "eliminate-common": "eliminate_common:EliminateCommon",
