@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_struct
 
 from fxcompress.emit.cpu_numbers import Kernel, broadcast, channels_last_strides
 from fxcompress.emit.native import memory, steps
+from fxcompress.emit.native.batches import keeps_apart
 from fxcompress.emit.native.handlers.pointwise import ELEMENTWISE
 from fxcompress.emit.native.library import Library, library
 from fxcompress.emit.native.memory import SLACK, View
@@ -125,11 +126,10 @@ class Executor:
         bound: BoundPlan | None = None
         with contextlib.suppress(Unplannable):
             inputs = _positional(self.graph_module, tuple(inputs), {})
-            plan = make_plan(self.graph_module, record(self.graph_module, inputs), self.packed)
+            recorded = record(self.graph_module, inputs)
+            plan = make_plan(self.graph_module, recorded, self.packed)
             images = images_of(plan)
-            single = self._plan_of_one(inputs) if images > 1 else None
-            if single is not None and not keeps_apart(plan, single, images):
-                single = None
+            single = self._plan_of_one(inputs, recorded, images) if images > 1 else None
             bound = BoundPlan(plan, self.library, single)
             self._page_out()
         while len(self.plans) >= self.limit:
@@ -149,11 +149,14 @@ class Executor:
         if layers:
             give_back()
 
-    def _plan_of_one(self, inputs: list[Any]) -> Plan | None:
-        """A plan for the first image of a batch, which will do for each of them."""
+    def _plan_of_one(self, inputs: list[Any], recorded: dict[fx.Node, Any], images: int) -> Plan | None:
+        """A plan for the first image of a batch, if it will do for each of them."""
         one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
         try:
-            plan = make_plan(self.graph_module, record(self.graph_module, one), self.packed)
+            recorded_one = record(self.graph_module, one)
+            if not keeps_apart(self.graph_module.graph, recorded, recorded_one, images):
+                return None
+            plan = make_plan(self.graph_module, recorded_one, self.packed)
         except Unplannable:  # sizes are written in the graph that fit no other batch
             return None
         return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
@@ -341,42 +344,29 @@ def _kind_of(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
 
 
 def images_of(plan: Plan) -> int:
-    """Return how many images (or other samples) a plan is for, if it may compute each of them by itself; else 1.
+    """Return how many images (or other samples) a plan is for, if its steps can be run for each by itself; else 1.
 
-    That is so if the first dimension of all inputs counts the images, and every item is a step: all kinds of steps keep
-    images apart, but products of matrices that are not stacked. `keeps_apart` looks at everything in between.
+    That is so if the first dimension of all inputs counts the images, every item is a step, and the images of a buffer
+    lie one after the other. All kinds of steps keep images apart, but products of matrices that are not stacked.
+    Whether the graph does is up to `keeps_apart`.
     """
     found = {view.meta.shape[0] if view.meta.ndim else 0 for view in plan.inputs}
     images = found.pop() if len(found) == 1 else 1
     if images < 2 or plan.mixes or any(isinstance(item, PythonCall) for item in plan.items):
         return 1
-    return 1 if _reads_weights_for_few(plan, images) else images
-
-
-def keeps_apart(plan: Plan, single: Plan, images: int) -> bool:
-    """Whether running the plan of one image on each of them is the same as running the plan of all.
-
-    That is so if the images are the outermost part of the first dimension of every value, one after the other in its
-    buffer, as the windows of each image are in shifted-window attention. The plan of one image shows it: everything
-    there is an image's part of what is here, and what is in no image is the same.
-    """
-    if len(plan.views) != len(single.views):
-        return False
-    for view, one in zip(plan.views, single.views, strict=True):
-        if view.buffer.place == "constant":
-            if view.meta.shape != one.meta.shape and (view.meta.ndim == 0 or view.meta.stride(0) != 0):
-                return False  # perhaps a number for each image
-        elif (
+    if _reads_weights_for_few(plan, images):
+        return 1
+    for view in plan.views:
+        if view.buffer.place != "constant" and (
             view.meta.ndim == 0
-            or view.meta.shape[0] != images * one.meta.shape[0]
-            or view.meta.shape[1:] != one.meta.shape[1:]
+            or view.meta.shape[0] % images
             or view.buffer.bytes % images
             or view.strides()[0] * view.meta.shape[0] != view.buffer.bytes
             or view.offset >= view.strides()[0]
         ):
-            return False
+            return 1
     leaves = [leaf for leaf in tree_leaves(plan.output) if isinstance(leaf, View)]
-    return all(leaf.buffer.place == "output" for leaf in leaves)
+    return images if all(leaf.buffer.place == "output" for leaf in leaves) else 1
 
 
 def _reads_weights_for_few(plan: Plan, images: int) -> bool:
