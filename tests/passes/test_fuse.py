@@ -86,6 +86,7 @@ class Everything(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         x = self.bn1(self.dropout(self.conv1(x)) + 0).relu().relu()
         y = self.conv2(self.bn2(x * self.scale.exp()))
+        y = torch.softmax(y @ y.mT, -1) @ y
         return torch.tanh(y) * torch.tanh(y) + torch.zeros_like(y).detach() * 0 + y.contiguous()
 
 
@@ -96,7 +97,7 @@ def test_every_part_does_its_share() -> None:
     edits = {row.name: row.edits for row in result.rows}
     assert edits == {
         "canonicalize": edits["canonicalize"], "fold-constants": 1, "eliminate-identities": 4, "eliminate-common": 1,
-        "fold-batch-norm": 1, "fold-batch-norm-forward": 1, "eliminate-dead": 1, "fuse-activation": 1,
+        "fuse-attention": 1, "fold-batch-norm": 1, "fold-batch-norm-forward": 1, "eliminate-dead": 1, "fuse-activation": 1,
     }  # fmt: skip
     assert set(result.graph_module.state_dict()) == {
         "conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "folded_exp",
