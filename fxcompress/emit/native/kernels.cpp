@@ -60,7 +60,7 @@ struct Convolution {
     int64_t rows_of_window, columns_of_window, run;  // run: bytes read at each place of the window, a multiple of 4
     const int64_t* rows;     // (height, rows_of_window): byte offset of a row or OUTSIDE
     const int64_t* columns;  // (width, columns_of_window)
-    const uint8_t* padding;  // `run` bytes for places outside
+    const uint8_t* padding;  // for places outside, as many bytes as the groups take before their run, and that
     const int8_t* weights;
     int64_t group_weights;  // bytes of one group's weights
     Finish finish;
@@ -382,14 +382,15 @@ INLINE __m512 residual_numbers(const Finish& f, const uint8_t* place, int64_t ch
 
 // Finishes the sums of MR pixels and NB vectors of channels, which lie in memory: the compiler would not keep in
 // registers what is handed on by address.
+// lane: of the first scale and bias; channel: of the first number of the result.
 // PLAIN: bytes without a residual and an activation, which is most layers.
 template <int NB, bool PLAIN>
 INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish& f, const Limits& limits,
-                        int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
+                        int64_t lane, int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
     __m512 scale[NB], bias[NB];
     UNROLL for (int n = 0; n < NB; n++) {
-        scale[n] = _mm512_loadu_ps(f.scale + channel + 16 * n);
-        bias[n] = _mm512_loadu_ps(f.bias + channel + 16 * n);
+        scale[n] = _mm512_loadu_ps(f.scale + lane + 16 * n);
+        bias[n] = _mm512_loadu_ps(f.bias + lane + 16 * n);
     }
     const int64_t bytes = std::min<int64_t>(count, 16 * NB);
     const __m512 inverse = limits.inverse;
@@ -445,17 +446,27 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
     }
 }
 
+// The output channels of one block: `offset` of their input channels in a pixel, their weights, the first of their
+// scales (lane), where they go in a pixel of the result (channel), and how many there are.
+struct Part {
+    int64_t offset;
+    const int8_t* weights;
+    int64_t lane, channel, count, wide;
+};
+
 template <int MR, int NB>
-__attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* places, const int8_t* weights,
-                                    const int8_t* ahead, const Limits& limits, int64_t channel, int64_t count,
-                                    uint8_t* const* results, const uint8_t* const* residuals) {
+__attribute__((noinline)) void tile(const Convolution& c, const Part& part, const uint8_t* const* places,
+                                    const int8_t* ahead, const Limits& limits, uint8_t* const* results,
+                                    const uint8_t* const* residuals) {
+    const int8_t* weights = part.weights;
+    const int64_t channel = part.channel;
     __m512i sums[MR][NB];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
     const int64_t taps = c.rows_of_window * c.columns_of_window, steps = c.run / 4;
     for (int m = 0; m < MR; m++) __builtin_prefetch(results[m] + channel, 1);  // lines that are about to be written
     for (int64_t t = 0; t < taps; t++, places += MR) {
         const uint8_t* p[MR];
-        UNROLL for (int m = 0; m < MR; m++) p[m] = places[m];
+        UNROLL for (int m = 0; m < MR; m++) p[m] = places[m] + part.offset;
         for (int64_t k = 0; k < steps; k++, weights += 64 * NB, ahead += 64) {
             __m512i w[NB];
             _mm_prefetch(ahead, _MM_HINT_T1);
@@ -473,17 +484,16 @@ __attribute__((noinline)) void tile(const Convolution& c, const uint8_t* const* 
         UNROLL for (int n = 0; n < NB; n++) _mm512_store_si512(made[m] + 16 * n, sums[m][n]);
     const Finish& f = c.finish;
     if (f.kind == BYTES && f.activation == NONE && f.residual_kind == -1)
-        finish_tile<NB, true>(MR, made, f, limits, channel, count, results, residuals);
+        finish_tile<NB, true>(MR, made, f, limits, part.lane, channel, part.count, results, residuals);
     else
-        finish_tile<NB, false>(MR, made, f, limits, channel, count, results, residuals);
+        finish_tile<NB, false>(MR, made, f, limits, part.lane, channel, part.count, results, residuals);
 }
 
 template <int NB>
-void tiles(const Convolution& c, int pixels, const uint8_t* const* places, const int8_t* weights, const int8_t* ahead,
-           const Limits& limits, int64_t channel, int64_t count, uint8_t* const* results,
-           const uint8_t* const* residuals) {
+void tiles(const Convolution& c, const Part& part, int pixels, const uint8_t* const* places, const int8_t* ahead,
+           const Limits& limits, uint8_t* const* results, const uint8_t* const* residuals) {
 #define CASE(MR) \
-    case MR: return tile<MR, NB>(c, places, weights, ahead, limits, channel, count, results, residuals)
+    case MR: return tile<MR, NB>(c, part, places, ahead, limits, results, residuals)
     if constexpr (NB == 4) {
         switch (pixels) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
     } else if constexpr (NB == 3) {
@@ -503,12 +513,14 @@ void tiles(const Convolution& c, int pixels, const uint8_t* const* places, const
 
 constexpr int64_t RESIDENT = 384 << 10;  // weights up to here are read from the cache again and again
 constexpr int64_t STRIP = 96 << 10;      // bytes of a strip of pixels, in source and result
+constexpr int64_t GROUPS = 64;           // that share what is looked up for a tile
 constexpr int TILE[5] = {0, 14, 12, 8, 6};  // pixels of a tile by the number of vectors
 
-// Tiles of the pixels [from, to) of one block of channels, of sizes as equal as possible.
-void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, const int8_t* weights,
-          const Limits& limits, int64_t from, int64_t to, const uint8_t* source, uint8_t* result,
-          const uint8_t* residual) {
+// Tiles of the pixels [from, to), of sizes as equal as possible, and for each of them the parts, which are equally wide:
+// where the places of a window lie is looked up once for all groups.
+void walk(const Convolution& c, const Part* parts, int64_t count, const Limits& limits, int64_t from, int64_t to,
+          const uint8_t* source, uint8_t* result, const uint8_t* residual) {
+    const int64_t wide = parts->wide;
     const Finish& f = c.finish;
     const int64_t area = c.height * c.width, pieces = (to - from + TILE[wide] - 1) / TILE[wide];
     const int64_t least = (to - from) / pieces, more = (to - from) % pieces;
@@ -522,9 +534,8 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
     const uint8_t* places[14 * MAX_PLACES];
     uint8_t* results[14];
     const uint8_t* residuals[14];
-    const int64_t part = c.rows_of_window * c.columns_of_window * (c.run / 4) * 64;  // that a tile fetches of them
+    const int64_t piece = c.rows_of_window * c.columns_of_window * (c.run / 4) * 64;  // of weights, fetched by a tile
     for (int64_t i = 0; i < pieces; i++) {
-        const int8_t* ahead = weights + (i < wide ? wide + i : i % wide) * part;
         const int mr = (int)(least + (i < more));
         for (int m = 0; m < mr; m++) {
             const uint8_t** place = places + m;
@@ -551,11 +562,14 @@ void walk(const Convolution& c, int64_t wide, int64_t channel, int64_t count, co
                 }
             }
         }
-        switch (wide) {
-            case 4: tiles<4>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
-            case 3: tiles<3>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
-            case 2: tiles<2>(c, mr, places, weights, ahead, limits, channel, count, results, residuals); break;
-            default: tiles<1>(c, mr, places, weights, ahead, limits, channel, count, results, residuals);
+        for (const Part* part = parts; part < parts + count; part++) {
+            const int8_t* ahead = part->weights + (i < wide ? wide + i : i % wide) * piece;
+            switch (wide) {
+                case 4: tiles<4>(c, *part, mr, places, ahead, limits, results, residuals); break;
+                case 3: tiles<3>(c, *part, mr, places, ahead, limits, results, residuals); break;
+                case 2: tiles<2>(c, *part, mr, places, ahead, limits, results, residuals); break;
+                default: tiles<1>(c, *part, mr, places, ahead, limits, results, residuals);
+            }
         }
     }
 }
@@ -566,25 +580,22 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
     const int64_t window = c.rows_of_window * c.columns_of_window;
     const int64_t vectors = (c.group_out + 15) / 16, blocks = (vectors + 3) / 4;
     const int64_t pixels = c.images * c.height * c.width;
-    const int64_t size = f.kind == FLOAT ? 4 : 1, residual_size = f.residual_kind == FLOAT ? 4 : 1;
+    const int64_t size = f.kind == FLOAT ? 4 : 1;
 
     const int64_t group_bytes = vectors * window * c.run * 16;
 
-    auto part = [&](int64_t g, int64_t b, int64_t from, int64_t to) {
-        Convolution group = c;  // scale and bias of a group lie behind those of the groups before it, in whole vectors
-        group.finish.scale += g * 16 * vectors;
-        group.finish.bias += g * 16 * vectors;
+    auto part = [&](int64_t g, int64_t b) {
         const int64_t vector = vectors / blocks * b + std::min(b, vectors % blocks);
-        const uint8_t* residual = nullptr;
-        if (f.residual_kind != -1)
-            residual = buffers[f.residual.buffer] + f.residual.offset + g * c.group_out * residual_size;
-        const int64_t count = std::min(c.group_out, c.channels - g * c.group_out) - 16 * vector;
-        if (count <= 0) return;
-        walk(group, vectors / blocks + (b < vectors % blocks), 16 * vector, count,
-             c.weights + g * c.group_weights + vector * window * c.run * 16, limits, from, to,
-             buffers[c.source.buffer] + c.source.offset + g * c.group_in,
-             buffers[c.result.buffer] + c.result.offset + g * c.group_out * size, residual);
+        return Part{g * c.group_in,
+                    c.weights + g * c.group_weights + vector * window * c.run * 16,
+                    16 * (g * vectors + vector),
+                    g * c.group_out + 16 * vector,
+                    std::min(c.group_out, c.channels - g * c.group_out) - 16 * vector,
+                    vectors / blocks + (b < vectors % blocks)};
     };
+    const uint8_t* source = buffers[c.source.buffer] + c.source.offset;
+    uint8_t* result = buffers[c.result.buffer] + c.result.offset;
+    const uint8_t* residual = f.residual_kind == -1 ? nullptr : buffers[f.residual.buffer] + f.residual.offset;
 
     if (c.groups * group_bytes <= RESIDENT) {
         // Each thread has its own pixels, in strips that stay in its cache while all channels are made.
@@ -592,8 +603,16 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
         const int64_t strip = std::max<int64_t>(48, STRIP / wide / 24 * 24);
         const int64_t begin = pixels * thread / threads, end = pixels * (thread + 1) / threads;
         for (int64_t from = begin; from < end; from += strip)
-            for (int64_t g = 0; g < c.groups; g++)
-                for (int64_t b = 0; b < blocks; b++) part(g, b, from, std::min(end, from + strip));
+            for (int64_t b = 0; b < blocks; b++)
+                for (int64_t g = 0; g < c.groups; g += GROUPS) {
+                    Part parts[GROUPS];
+                    int64_t count = 0;
+                    for (int64_t i = g; i < std::min(c.groups, g + GROUPS); i++) {
+                        parts[count] = part(i, b);
+                        count += parts[count].count > 0;
+                    }
+                    if (count) walk(c, parts, count, limits, from, std::min(end, from + strip), source, result, residual);
+                }
         return;
     }
     // Each thread has its own weights, as many as it can: shares of the blocks, and of the pixels of the last one.
@@ -605,7 +624,8 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
             const int64_t wide = vectors / blocks + (b < vectors % blocks);
             const int64_t from = std::clamp<int64_t>((begin - before) / wide, 0, pixels);
             const int64_t to = std::clamp<int64_t>((end - before) / wide, 0, pixels);
-            if (from < to) part(g, b, from, to);
+            const Part one = part(g, b);
+            if (from < to && one.count > 0) walk(c, &one, 1, limits, from, to, source, result, residual);
             before += wide * pixels;
         }
     }
