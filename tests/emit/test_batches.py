@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxcompress as fxc
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.native import library
+from fxcompress.emit.native.batches import keeps_apart
 from fxcompress.emit.native.plan import PythonCall
 from fxcompress.quant.arithmetic import signal_to_noise
 
@@ -129,6 +132,53 @@ def test_length_first_is_not_cut(shape: tuple[int, ...]) -> None:
     compact = compiled(LengthFirst(), x)
     assert_alike(compact, x)
     assert not one_by_one(compact)
+
+
+def made_by(graph_module: fx.GraphModule, x: torch.Tensor) -> dict[fx.Node, Any]:
+    """What each node makes."""
+    found: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n] = super().run_node(n)
+            return found[n]
+
+    Recorder(graph_module).run(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("function", "apart"),
+    [
+        (lambda x, table: torch.relu(x) + 1, True),
+        (lambda x, table: x.reshape(x.shape[0], -1), True),
+        (lambda x, table: x.transpose(0, 1).transpose(0, 1) + 1, True),  # images are in front again
+        (lambda x, table: torch.relu(x.transpose(0, 1)).transpose(0, 1), False),
+        (lambda x, table: x.transpose(0, 1).reshape(-1, 6), False),  # images lie between each other
+        (lambda x, table: x.permute(1, 0, 2)[0], True),
+        (lambda x, table: x + x.mean(0), False),
+        (lambda x, table: x.sum(0, keepdim=True), False),
+        (lambda x, table: x * x.shape[0], False),
+        (lambda x, table: x * x.shape[1], True),
+        (lambda x, table: x + torch.zeros((x.shape[0], 1, 6)), True),
+        (lambda x, table: x + torch.full((1, 1, 1), x.shape[0]), False),
+        (lambda x, table: x + table.view(4, 3, 1)[: x.shape[0]], False),  # rows that differ from image to image
+        (lambda x, table: x + table[:1].view(1, 3, 1).expand(x.shape[0], 3, 6), True),
+    ],
+)
+def test_what_ties_images_together(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], apart: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x, self.get_buffer("table"))
+
+    x = torch.randn(4, 3, 6)
+    graph_module = fxc.compile(Model(), "canonicalize", x, verify=False)
+    whole, single = made_by(graph_module, x), made_by(graph_module, x[:1])
+    assert keeps_apart(graph_module.graph, whole, single, 4) == apart
 
 
 class Windows(nn.Module):

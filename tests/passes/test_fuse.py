@@ -97,7 +97,8 @@ def test_every_part_does_its_share() -> None:
     edits = {row.name: row.edits for row in result.rows}
     assert edits == {
         "canonicalize": edits["canonicalize"], "fold-constants": 1, "eliminate-identities": 4, "eliminate-common": 1,
-        "fuse-attention": 1, "fold-batch-norm": 1, "fold-batch-norm-forward": 1, "eliminate-dead": 1, "fuse-activation": 1,
+        "fuse-attention": 1, "fold-batch-norm": 1, "fold-batch-norm-forward": 1, "eliminate-dead": 1,
+        "fuse-activation": 1,
     }  # fmt: skip
     assert set(result.graph_module.state_dict()) == {
         "conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "folded_exp",

@@ -83,10 +83,13 @@ class Written(nn.Module):
     def keys_are_broadcast(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q @ k[:, :1].mT).softmax(-1) @ v
 
+    def values_are_broadcast(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT).softmax(-1) @ v[:, :1]
+
 
 FUSED = ["plain", "divided", "scaled_queries", "keys_turned", "biased", "two_masks", "filled", "windows", "stacked"]
 LEFT = ["weights_are_read", "other_dimension", "bias_is_scaled_too", "filled_with_a_number", "no_product",
-        "keys_are_broadcast"]  # fmt: skip
+        "keys_are_broadcast", "values_are_broadcast"]  # fmt: skip
 
 
 def kinds(graph_module: Any) -> list[str]:

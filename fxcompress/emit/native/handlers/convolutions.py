@@ -65,9 +65,9 @@ def _conv2d(draft: Draft, module: Int8Conv, x: View, residual: View | None, geom
     columns = packing.windows(x.meta.shape[3], places, stride[1], padding[1], dilation[1], shape[3], column)
     step = steps.Convolution(
         source=place_of(x), result=place_of(result), images=shape[0], height=shape[2], width=shape[3],
-        channels=module.out_channels, groups=groups, group_in=group_in, group_out=group, rows_of_window=kernel[0], columns_of_window=places,
-        run=packing.rounded_up(run, packing.DEPTH), rows=draft.kept(rows.contiguous()),
-        columns=draft.kept(columns.contiguous()),
+        channels=module.out_channels, groups=groups, group_in=group_in, group_out=group,
+        rows_of_window=kernel[0], columns_of_window=places, run=packing.rounded_up(run, packing.DEPTH),
+        rows=draft.kept(rows.contiguous()), columns=draft.kept(columns.contiguous()),
         padding=draft.kept(torch.full((outside_bytes,), module.input.zero_point, dtype=torch.uint8)),
         weights=draft.kept(weights), group_weights=weights.numel() // groups,
         finish=finish_of(draft, module, scale, bias, residual),
