@@ -371,9 +371,19 @@ class Int8Layer(QuantizedLayer):
         """The bias of the same layer on integers without zero point: sum w (q - z) + b = sum w q + (b - z sum w)."""
         if not self.input.zero_point:
             return self.bias
-        sums = self.weight.flatten(1).sum(1, dtype=torch.int64)
+        sums = _row_sums(self.weight.flatten(1))
         shift = sums.double() * self.weight_scale.double() * (self.input.scale * self.input.zero_point)
         return (-shift if self.bias is None else self.bias.double() - shift).float()
+
+
+def _row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """Return int64 sums of the rows. A few at a time: PyTorch makes a copy in 64 bits of what it adds up."""
+    some = max(1, _ADDED_AT_ONCE // max(1, weight.shape[1]))
+    return torch.cat([rows.sum(1, dtype=torch.int64) for rows in weight.split(some)])
+
+
+#: Numbers that are added up at once.
+_ADDED_AT_ONCE = 1 << 17
 
 
 class Int8Conv(Int8Layer):
