@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import fxcompress as fxc
 from fxcompress import bench, bench_layers, bench_views, peers
 from fxcompress.bench_layers import time_layers
 from fxcompress.bench_views import layer_table
+from fxcompress.emit.native.executor import BoundPlan
 from fxcompress.emit.native.library import library
 from fxcompress.errors import MissingExtraError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
@@ -190,11 +192,38 @@ def test_layers_are_measured_and_have_their_floor(executor: str) -> None:
     assert all(word in text for word in ("first", "Int8Linear", "a whole call", "peak 1 GMAC/s"))
 
 
+@pytest.mark.skipif(library() is None, reason="no kernels")
+@pytest.mark.parametrize("batch", [1, 16])  # 16: each thread has images of its own
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_what_calls_spend_outside_kernels_is_seen(where: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(batch, 3, 8, 8)
+    compact = fxc.compile(Small().eval(), "int8", x[:1], calibration=[x])
+
+    def slow(function: Any) -> Any:
+        return lambda *arguments: (time.sleep(0.02), function(*arguments))[1]
+
+    kernels = library()
+    if where == "inside":
+        for name in ("run", "run_each"):
+            monkeypatch.setattr(kernels, name, slow(getattr(kernels, name)))
+    else:
+        monkeypatch.setattr(BoundPlan, "__call__", slow(BoundPlan.__call__))
+    times = time_layers(compact, ExampleInputs.of(x), threads=1, rounds=2, peak=1e9)
+    parts = {"inside": times.inside, "outside": times.outside}
+    assert parts[where] is not None
+    assert parts[where] > 0.5  # 20 ms of a call that takes a fraction of one
+    assert times.to_dict()["outside"] == times.outside
+    console = Console(width=140, file=io.StringIO())
+    console.print(layer_table(times, "small"))
+    assert f"{times.outside:.1%}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_float_graphs_and_keywords_are_measured_too() -> None:
     x = torch.randn(2, 3, 8, 8)
     compact = fxc.compile(Small().eval(), "fuse", {"x": x})
     times = time_layers(compact, ExampleInputs((), {"x": x}), rounds=1, peak=1e9)
     assert not times.by_kernels
+    assert (times.inside, times.outside) == (None, None)
     assert {layer.layer for layer in times.layers} >= {"first", "deep", "last"}
 
 
