@@ -28,7 +28,10 @@ from torch import nn
 import fxcompress
 from fxcompress.bench import write_json
 
-MODELS = ("mobilenet_v2", "resnet18", "small_vit")
+#: Calls before anything is counted, at most.
+_WARM = 200
+
+MODELS = ("mobilenet_v2", "small_vit", "resnet18")
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -56,7 +59,7 @@ def soak(call: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[torch.T
     """
     first = [call(batch).clone() for batch in batches]
     part = max(len(batches), calls // 10 // len(batches) * len(batches))  # as many calls of each size
-    for index in range(part):
+    for index in range(min(part, _WARM)):
         call(batches[index % len(batches)])
     before = resident()
     seconds = []
@@ -101,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--calls", type=int, default=10_000)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--step", help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
@@ -113,12 +116,12 @@ def main() -> None:
     for model in options.models:
         row = child(model, options)
         rows.append(row)
+        if options.json is not None:
+            write_json(options.json, rows)  # after each network: what has been measured is not lost
         figures = [f"{number:.1f}" for number in row["megabytes"]], [f"{number:.2f}" for number in row["milliseconds"]]
         sizes = ", ".join(map(str, row["batches"]))
         table.add_row(model, sizes, f"{row['calls']:,}", *figures[0], "yes" if row["same_bits"] else "no", *figures[1])
     Console(width=120).print(table)
-    if options.json is not None:
-        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class _Packed(dict[Any, Any]):
 
 
 #: Bytes that may be free before the system gets them back, which takes a while.
-_GIVEN_BACK_AT = 4 << 20
+_GIVEN_BACK_AT = 1 << 20
 
 
 def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
