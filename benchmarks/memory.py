@@ -143,7 +143,9 @@ def main() -> None:
         print(json.dumps(wanted, default=str))
         return
     rows = []
-    table = Table("model", "engine", "MB, peak from the start of loading", "MB, peak while running", "of it, code", "needed")
+    table = Table(
+        "model", "engine", "MB, peak from the start of loading", "MB, peak while running", "of it, code", "needed"
+    )
     for model in options.models:
         for engine in options.engines:
             with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Other int8 engines to compare with, each with the settings that its own documentation recommends.
 
 Each takes a float model and inputs, calibrates with the same samples as all engines (`bench.calibration_of`), and
-returns what is timed, as `fxcompress.bench` wants it. What an engine needs is imported when it is built, in the process that it has for itself.
+returns what is timed, as `fxcompress.bench` wants it. What an engine needs is imported when it is built, in the process
+that it has for itself.
 """
 
 from __future__ import annotations
@@ -93,27 +94,34 @@ def torch_ao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 
 def torchao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
-    """torchao's PT2E quantisation for x86, compiled by Inductor with frozen weights.
+    """torchao's PT2E quantisation for x86, compiled by Inductor with frozen weights."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    inductor.cpp_wrapper = True
+    inputs = inputs.map(channels_last)
+    with torch.no_grad():
+        compiled = torch.compile(quantized_torchao(model, inputs))
+        inputs.call(compiled)
+    return functools.partial(inputs.call, compiled)
+
+
+def quantized_torchao(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return what torchao makes of a model: a graph for inputs of these shapes.
 
     The export is a strict one: in others, torchao cannot tell the calls of a layer apart that is called twice, and
     refuses it (the activations of torchvision's ResNets).
     """
-    import torch._inductor.config as inductor
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    inductor.freezing = True
-    inductor.cpp_wrapper = True
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    inputs = inputs.map(channels_last)
     with torch.no_grad():
         prepared = prepare_pt2e(torch.export.export(model.eval(), inputs.args, strict=True).module(), quantizer)
         for batch in in_batches(calibration_of(inputs), batch_size(inputs)):
             batch.map(channels_last).call(prepared)
-        compiled = torch.compile(convert_pt2e(prepared))
-        inputs.call(compiled)
-    return functools.partial(inputs.call, compiled)
+        return convert_pt2e(prepared)
 
 
 def onnx_runtime(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
@@ -168,7 +176,7 @@ def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 
 def quantized_openvino(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """Return what NNCF makes of a model: an OpenVINO model for inputs of these shapes, calibrated for single samples."""
+    """Return what NNCF makes of a model: an OpenVINO model for inputs of these shapes."""
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import nncf
     import openvino as ov
