@@ -201,7 +201,11 @@ def test_what_calls_spend_outside_kernels_is_seen(where: str, batch: int, monkey
     compact = fxc.compile(Small().eval(), "int8", x[:1], calibration=[x])
 
     def slow(function: Any) -> Any:
-        return lambda *arguments: (time.sleep(0.02), function(*arguments))[1]
+        def slowed(*arguments: Any) -> Any:
+            time.sleep(0.02)
+            return function(*arguments)
+
+        return slowed
 
     kernels = library()
     if where == "inside":
@@ -210,9 +214,11 @@ def test_what_calls_spend_outside_kernels_is_seen(where: str, batch: int, monkey
     else:
         monkeypatch.setattr(BoundPlan, "__call__", slow(BoundPlan.__call__))
     times = time_layers(compact, ExampleInputs.of(x), threads=1, rounds=2, peak=1e9)
-    parts = {"inside": times.inside, "outside": times.outside}
-    assert parts[where] is not None
-    assert parts[where] > 0.5  # 20 ms of a call that takes a fraction of one
+    assert times.inside is not None
+    assert times.outside == 1 - times.inside
+    assert {"inside": times.inside, "outside": times.outside}[
+        where
+    ] > 0.5  # 20 ms of a call that takes a fraction of one
     assert times.to_dict()["outside"] == times.outside
     console = Console(width=140, file=io.StringIO())
     console.print(layer_table(times, "small"))
