@@ -320,7 +320,7 @@ def _read_tensors(path: Path, file: Any) -> dict[str, torch.Tensor]:
             found[name] = torch.empty_like(file.get_tensor(name))
             room = found[name].view(-1).view(torch.uint8).numpy()
             stream.seek(start + places[name]["data_offsets"][0])
-            if stream.readinto(memoryview(room)) != room.nbytes:
+            if stream.readinto(room.data) != room.nbytes:
                 raise ArtifactError(f"the tensor {name!r} is cut off")
     return found
 
