@@ -19,10 +19,11 @@ from typing import Any
 
 import networks  # type: ignore[import-not-found]  # beside this file
 import torch
-from cpu_int8 import show  # type: ignore[import-not-found]  # beside this file
+from rich.console import Console
 from torch import nn
 
 from fxcompress.bench import Builder, Workload, compare, compiled, eager, result, write_json
+from fxcompress.bench_views import timing_table
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.pipeline.progress import progress_bar
 
@@ -84,7 +85,7 @@ def main() -> None:
         workload = Workload(f"{Path(__file__)}:{model}", (), tuple(options.batches), options.threads)
         with progress_bar() as progress:
             timings = compare(workload, engines, options.rounds, options.seconds, progress)
-        show(model, timings)
+        Console(width=140).print(timing_table(timings, model))
         made = result(workload, timings)
         made["workload"]["model"] = model
         results.append(made)

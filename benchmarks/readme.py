@@ -93,9 +93,21 @@ def peers(document: Document) -> str:
 def memory(document: Document) -> str:
     """Megabytes of each engine, by model."""
     body = [
-        [row["model"], row["engine"], f"{row['loading']:.1f}", f"{row['running']:.1f}"] for row in document["results"]
-    ]
-    return table(["MB", "", "from loading on", "while running"], body)
+        [row["model"], row["engine"],
+         *(f"{row[name]:.1f}" if name in row else "" for name in ("loading", "running", "code", "needed"))]
+        for row in document["results"]
+    ]  # fmt: skip
+    return table(["MB", "", "from loading on", "while running", "of it, code", "needed"], body)
+
+
+def soak(document: Document) -> str:
+    """What changed over many calls, by model."""
+    body = [
+        [row["model"], f"{row['calls']:,}", *(f"{number:.1f}" for number in row["megabytes"]),
+         "yes" if row["same_bits"] else "no", *(f"{number:.2f}" for number in row["milliseconds"])]
+        for row in document["results"]
+    ]  # fmt: skip
+    return table(["", "calls", "MB, start", "MB, end", "same bits", "ms, first tenth", "ms, last tenth"], body)
 
 
 def coverage(document: Document) -> str:
@@ -124,7 +136,7 @@ def coverage(document: Document) -> str:
 
 TABLES: dict[str, Callable[[Document], str]] = {
     "demo": demo, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers, "memory": memory,
-    "compile_time": compile_time,
+    "soak": soak, "compile_time": compile_time,
 }  # fmt: skip
 
 

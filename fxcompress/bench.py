@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import FxCompressError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import info
-from fxcompress.sources import Source, find_calibration, find_model
+from fxcompress.sources import Source, find_model
 
 #: build(model, inputs) -> what is timed, called without arguments. A function at the top of a module, so that another
 #: process can find it; `functools.partial` of one carries options.
@@ -220,6 +220,43 @@ def _with_batch(inputs: ExampleInputs, batch: int, generator: torch.Generator) -
     return inputs.map(resize)
 
 
+#: Samples that engines are calibrated with.
+_SAMPLES = 4
+
+#: Of their numbers, so that they are others than those of the inputs that are timed.
+_CALIBRATION_SEED = 20_000
+
+
+def calibration_of(inputs: ExampleInputs) -> list[ExampleInputs]:
+    """Return what engines are calibrated with: a few samples, each by itself.
+
+    They are the same for every engine and whatever batch is timed: random numbers for real inputs, the first sample's
+    for others.
+    """
+    generator = torch.Generator().manual_seed(_CALIBRATION_SEED)
+    return [_with_batch(inputs, 1, generator) for _ in range(_SAMPLES)]
+
+
+def in_batches(samples: Sequence[ExampleInputs], batch: int) -> list[ExampleInputs]:
+    """Return samples side by side, for engines that are calibrated as they are timed.
+
+    Args:
+        samples: of batch size 1. batch: the size of all batches returned; the first samples fill the last one up.
+    """
+    count = -(-len(samples) // batch)
+    chosen = [[samples[(first * batch + index) % len(samples)] for index in range(batch)] for first in range(count)]
+    return [ExampleInputs(*tree_map(_joined, *((one.args, one.kwargs) for one in group))) for group in chosen]
+
+
+def _joined(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0]
+
+
+def batch_size(inputs: ExampleInputs) -> int:
+    """Return the size of the first dimension of the first tensor that has one."""
+    return next((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.ndim), 1)
+
+
 def _first_tensor(output: Any) -> torch.Tensor | None:
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return tensors[0].detach().clone() if tensors else None
@@ -286,20 +323,21 @@ def eager(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 
 def compiled(model: nn.Module, inputs: ExampleInputs, passes: str) -> Callable[[], Any]:
-    """The model compiled by fxcompress; calibration, where it is asked for, with the inputs."""
+    """The model compiled by fxcompress; calibrated, where it is asked for, as all engines are."""
     compact = compact_of(Source("", model, inputs), passes)
     return functools.partial(inputs.map(channels_last).call, compact)
 
 
 def compact_of(source: Source, passes: str | None) -> CompactModule:
-    """Return a model compiled with these passes, calibrated with its inputs; None for one that is compiled already."""
+    """Return a model compiled with these passes, calibrated as all engines are; None for one that is compiled."""
     from fxcompress.api import compile as compile_model
 
     model, inputs = source.model, source.example_inputs
     if passes is None:
         assert isinstance(model, CompactModule)  # for the type checker
         return model
-    return compile_model(model, passes, inputs, verify=False, calibration=find_calibration("random", inputs, 1))
+    data = [sample.kwargs or sample.args for sample in calibration_of(inputs)]
+    return compile_model(model, passes, inputs, verify=False, calibration=data)
 
 
 def with_torch_compile(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:

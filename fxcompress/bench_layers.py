@@ -59,6 +59,8 @@ class LayerTimes:
 
     call: seconds of a whole call, with nothing measured inside. peak: multiply-accumulates a second.
     by_kernels: whether steps of our own kernels were measured, as they run; or else nodes, each called by Python.
+    inside: the part of a call that its kernels take, all steps in a row (measured one by one, each step also pays for
+    being called and measured); None where Python runs the graph.
     """
 
     batch: int
@@ -66,6 +68,12 @@ class LayerTimes:
     call: float
     peak: float
     by_kernels: bool
+    inside: float | None = None
+
+    @property
+    def outside(self) -> float | None:
+        """The part of a call that is spent before, between and after kernels: arguments, plans, memory, Python."""
+        return None if self.inside is None else 1 - self.inside
 
     @property
     def seconds(self) -> float:
@@ -79,7 +87,7 @@ class LayerTimes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {**asdict(self), "seconds": self.seconds, "floor": self.floor}
+        return {**asdict(self), "seconds": self.seconds, "floor": self.floor, "outside": self.outside}
 
 
 def time_layers(
@@ -103,9 +111,10 @@ def time_layers(
         nodes = {node.name: node for node in compact.graph.nodes}
         seconds = steps or {node.name: taken for node, taken in node_seconds(compact, arguments, rounds).items()}
         call = median_seconds(lambda: inputs.call(compact), seconds=0.2)
+        inside = None if steps is None else _part_of_kernels(compact, inputs, 10 * rounds)
     layers = tuple(_layer(nodes[name], taken, peak) for name, taken in seconds.items())
     batch = next((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.ndim), 1)
-    return LayerTimes(batch, layers, call, peak, steps is not None)
+    return LayerTimes(batch, layers, call, peak, steps is not None, inside)
 
 
 def _positional(compact: CompactModule, inputs: ExampleInputs) -> list[Any]:
@@ -200,6 +209,44 @@ class _ClockedPlan(BoundPlan):
         function(*arguments)
         self.durations[self.index].append(time.perf_counter() - start)
         self.index += 1
+
+
+def _part_of_kernels(compact: CompactModule, inputs: ExampleInputs, rounds: int) -> float | None:
+    """The median part of a call that passes inside the kernels' library; None if they are not what runs."""
+    inputs.call(compact)
+    executor = compact._native.made
+    plans = [] if executor is None else [plan for plan in executor.plans.values() if plan is not None]
+    if not plans:
+        return None
+    found = []
+    clock = _ClockedLibrary(plans[-1].library)
+    plans[-1].library = clock  # type: ignore[assignment]  # of a copy that nobody else calls
+    for _ in range(rounds):
+        clock.seconds = 0.0
+        start = time.perf_counter()
+        inputs.call(compact)
+        found.append(clock.seconds / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+class _ClockedLibrary:
+    """The kernels, with the seconds that they have taken."""
+
+    def __init__(self, kernels: Library) -> None:
+        self.kernels, self.seconds = kernels, 0.0
+
+    def run(self, *arguments: Any) -> None:
+        """Run steps in a row."""
+        self._clocked(self.kernels.run, arguments)
+
+    def run_each(self, *arguments: Any) -> None:
+        """Run steps in a row for each image."""
+        self._clocked(self.kernels.run_each, arguments)
+
+    def _clocked(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        start = time.perf_counter()
+        function(*arguments)
+        self.seconds += time.perf_counter() - start
 
 
 def _alone(step: ctypes.Structure) -> Any:

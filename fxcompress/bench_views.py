@@ -51,6 +51,10 @@ def layer_table(times: LayerTimes, title: str) -> Table:
     table.add_row("all layers", "", amount(total), _micro(times.seconds), "", _micro(times.floor),
                   f"{times.floor / times.seconds:.0%}")  # fmt: skip
     table.add_row("a whole call", "", "", _micro(times.call), "", "", f"{times.floor / times.call:.0%}")
+    if times.inside is not None and times.outside is not None:
+        parts = (("inside kernels", times.inside), ("outside kernels", times.outside))
+        for name, part in parts:
+            table.add_row(f"of it, {name}", "", "", _micro(part * times.call), f"{part:.1%}", "", "")
     return table
 
 

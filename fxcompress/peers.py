@@ -1,7 +1,8 @@
 """Other int8 engines to compare with, each with the settings that its own documentation recommends.
 
-Each takes a float model and inputs, calibrates with the inputs, and returns what is timed, as `fxcompress.bench` wants
-it. What an engine needs is imported when it is built, in the process that it has for itself.
+Each takes a float model and inputs, calibrates with the same samples as all engines (`bench.calibration_of`), and
+returns what is timed, as `fxcompress.bench` wants it. What an engine needs is imported when it is built, in the process
+that it has for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcompress.bench import Builder, Timing, channels_last
+from fxcompress.bench import Builder, Timing, batch_size, calibration_of, channels_last, in_batches
 from fxcompress.errors import MissingExtraError, OptionError, did_you_mean
 from fxcompress.graph.inputs import ExampleInputs
 
@@ -85,7 +86,9 @@ def torch_ao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
     torch.backends.quantized.engine = "x86"
     prepared = prepare_fx(model.eval(), get_default_qconfig_mapping("x86"), inputs.args)
-    inputs.call(prepared)
+    with torch.no_grad():
+        for sample in calibration_of(inputs):
+            sample.call(prepared)
     converted = convert_fx(prepared)
     return functools.partial(inputs.map(channels_last).call, converted)
 
@@ -93,20 +96,32 @@ def torch_ao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 def torchao(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
     """torchao's PT2E quantisation for x86, compiled by Inductor with frozen weights."""
     import torch._inductor.config as inductor
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     inductor.freezing = True
     inductor.cpp_wrapper = True
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     inputs = inputs.map(channels_last)
     with torch.no_grad():
-        prepared = prepare_pt2e(torch.export.export(model.eval(), inputs.args).module(), quantizer)
-        inputs.call(prepared)
-        compiled = torch.compile(convert_pt2e(prepared))
+        compiled = torch.compile(quantized_torchao(model, inputs))
         inputs.call(compiled)
     return functools.partial(inputs.call, compiled)
+
+
+def quantized_torchao(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return what torchao makes of a model: a graph for inputs of these shapes.
+
+    The export is a strict one: in others, torchao cannot tell the calls of a layer apart that is called twice, and
+    refuses it (the activations of torchvision's ResNets).
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        prepared = prepare_pt2e(torch.export.export(model.eval(), inputs.args, strict=True).module(), quantizer)
+        for batch in in_batches(calibration_of(inputs), batch_size(inputs)):
+            batch.map(channels_last).call(prepared)
+        return convert_pt2e(prepared)
 
 
 def onnx_runtime(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
@@ -125,9 +140,9 @@ def quantized_onnx(model: nn.Module, inputs: ExampleInputs, folder: Path) -> Pat
     torch.onnx.export(model.eval(), inputs.args, str(floats), dynamo=True, verbose=False)
     quant_pre_process(str(floats), str(prepared))
     names = [one.name for one in onnxruntime.InferenceSession(str(prepared)).get_inputs()]
-    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs.args, strict=True)}
+    data = in_batches(calibration_of(inputs), batch_size(inputs))
     quantize_static(
-        str(prepared), str(quantized), _Calibration(feed), quant_format=QuantFormat.QDQ, per_channel=True,
+        str(prepared), str(quantized), _Calibration(names, data), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
     return quantized
@@ -146,13 +161,13 @@ def run_onnx(path: Path, arguments: Sequence[torch.Tensor]) -> Callable[[], Any]
 
 
 class _Calibration:
-    """What ONNX Runtime reads calibration data from: one batch."""
+    """What ONNX Runtime reads calibration data from."""
 
-    def __init__(self, feed: dict[str, Any]) -> None:
-        self.left = [feed]
+    def __init__(self, names: Sequence[str], batches: Sequence[ExampleInputs]) -> None:
+        self.left = [dict(zip(names, (tensor.numpy() for tensor in one.args), strict=True)) for one in batches]
 
     def get_next(self) -> dict[str, Any] | None:
-        return self.left.pop() if self.left else None
+        return self.left.pop(0) if self.left else None
 
 
 def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
@@ -161,7 +176,7 @@ def openvino(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
 
 
 def quantized_openvino(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """Return what NNCF makes of a model: an OpenVINO model."""
+    """Return what NNCF makes of a model: an OpenVINO model for inputs of these shapes."""
     os.environ.setdefault("OPENVINO_TELEMETRY", "0")
     import nncf
     import openvino as ov
@@ -170,11 +185,14 @@ def quantized_openvino(model: nn.Module, inputs: ExampleInputs) -> Any:
     with torch.no_grad():  # the fast path of torch's own attention cannot be converted
         torch.backends.mha.set_fastpath_enabled(False)
         converted = ov.convert_model(model, example_input=inputs.args)
-    converted.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs.args)})
-    arguments = [tensor.numpy() for tensor in inputs.args]
+    samples = calibration_of(inputs)
+    converted.reshape({index: list(tensor.shape) for index, tensor in enumerate(samples[0].args)})
+    data = nncf.Dataset([[tensor.numpy() for tensor in sample.args] for sample in samples])
     attention = any("attention" in type(module).__name__.lower() for module in model.modules())
     kind = nncf.ModelType.TRANSFORMER if attention else None
-    return nncf.quantize(converted, nncf.Dataset([arguments]), subset_size=1, model_type=kind)
+    quantized = nncf.quantize(converted, data, subset_size=len(samples), model_type=kind)
+    quantized.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs.args)})
+    return quantized
 
 
 def run_openvino(model: Any, inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:

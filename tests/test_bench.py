@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import fxcompress as fxc
 from fxcompress import bench, bench_layers, bench_views, peers
 from fxcompress.bench_layers import time_layers
 from fxcompress.bench_views import layer_table
+from fxcompress.emit.native.executor import BoundPlan
 from fxcompress.emit.native.library import library
 from fxcompress.errors import MissingExtraError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
@@ -190,11 +193,101 @@ def test_layers_are_measured_and_have_their_floor(executor: str) -> None:
     assert all(word in text for word in ("first", "Int8Linear", "a whole call", "peak 1 GMAC/s"))
 
 
+@pytest.mark.skipif(library() is None, reason="no kernels")
+@pytest.mark.parametrize("batch", [1, 16])  # 16: each thread has images of its own
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_what_calls_spend_outside_kernels_is_seen(where: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(batch, 3, 8, 8)
+    compact = fxc.compile(Small().eval(), "int8", x[:1], calibration=[x])
+
+    def slow(function: Any) -> Any:
+        def slowed(*arguments: Any) -> Any:
+            time.sleep(0.02)
+            return function(*arguments)
+
+        return slowed
+
+    kernels = library()
+    if where == "inside":
+        for name in ("run", "run_each"):
+            monkeypatch.setattr(kernels, name, slow(getattr(kernels, name)))
+    else:
+        monkeypatch.setattr(BoundPlan, "__call__", slow(BoundPlan.__call__))
+    times = time_layers(compact, ExampleInputs.of(x), threads=1, rounds=2, peak=1e9)
+    assert times.inside is not None
+    assert times.outside == 1 - times.inside
+    assert {"inside": times.inside, "outside": times.outside}[
+        where
+    ] > 0.5  # 20 ms of a call that takes a fraction of one
+    assert times.to_dict()["outside"] == times.outside
+    console = Console(width=140, file=io.StringIO())
+    console.print(layer_table(times, "small"))
+    assert f"{times.outside:.1%}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_engines_are_calibrated_on_the_same_samples_whatever_is_timed() -> None:
+    single, several = (ExampleInputs((torch.ones(n, 3, 2),), {"mask": torch.arange(5).expand(n, 5)}) for n in (1, 6))
+    samples = bench.calibration_of(several)
+    assert [one.describe() for one in samples] == ["(1, 3, 2) float32 on cpu, (1, 5) int64 on cpu"] * 4
+    for one, other in zip(samples, bench.calibration_of(single), strict=True):
+        assert torch.equal(one.args[0], other.args[0])
+        assert torch.equal(one.kwargs["mask"], torch.arange(5)[None])
+    assert len({float(one.args[0].sum()) for one in samples}) == 4
+    timed = bench._with_batch(single, 4, torch.Generator().manual_seed(0)).args[0]
+    assert not any(torch.equal(one.args[0][0], image) for one in samples for image in timed)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"), [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3, 0, 1]]), (6, [[0, 1, 2, 3, 0, 1]])]
+)
+def test_samples_are_put_side_by_side(batch: int, found: list[list[int]]) -> None:
+    samples = [
+        ExampleInputs((torch.full((1, 2), index), "word"), {"y": [torch.full((1,), index)]}) for index in range(4)
+    ]
+    made = bench.in_batches(samples, batch)
+    assert [one.args[0][:, 1].tolist() for one in made] == found
+    assert [one.kwargs["y"][0].tolist() for one in made] == found
+    assert {one.args[1] for one in made} == {"word"}
+    assert {bench.batch_size(one) for one in made} == {batch}
+
+
+ENGINES = {"fxcompress": functools.partial(bench.compiled, passes="int8")} | {
+    name: peer.build
+    for name, peer in peers.PEERS.items()
+    if name != "torchao"  # which builds C++ for a minute
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of other projects
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_an_engine_has_the_same_numbers_at_every_batch_size(engine: str) -> None:
+    if engine in peers.PEERS and peers.PEERS[engine].missing:
+        pytest.skip(f"{peers.PEERS[engine].missing} is not installed")
+    torch.manual_seed(0)
+    x = 3 * torch.randn(6, 3, 8, 8)
+    with torch.inference_mode(mode=engine != "openvino"):
+        alone, together = (ENGINES[engine](Small().eval(), ExampleInputs.of(part))() for part in (x[:1], x))
+    assert together.shape == (6, 5)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)  # other scales would move it by 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_takes_a_layer_that_is_called_twice() -> None:
+    if peers.PEERS["torchao"].missing:
+        pytest.skip("torchao is not installed")
+    from torchvision.models.resnet import BasicBlock
+
+    inputs = ExampleInputs.of(torch.randn(1, 8, 8, 8))
+    quantized = peers.quantized_torchao(BasicBlock(8, 8).eval(), inputs)
+    assert sum("quantize_per_tensor" in str(node.target) for node in quantized.graph.nodes) >= 4
+
+
 def test_float_graphs_and_keywords_are_measured_too() -> None:
     x = torch.randn(2, 3, 8, 8)
     compact = fxc.compile(Small().eval(), "fuse", {"x": x})
     times = time_layers(compact, ExampleInputs((), {"x": x}), rounds=1, peak=1e9)
     assert not times.by_kernels
+    assert (times.inside, times.outside) == (None, None)
     assert {layer.layer for layer in times.layers} >= {"first", "deep", "last"}
 
 

@@ -294,8 +294,7 @@ def load(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             document = _read_document(path, file)
-            # Copies: a tensor of safetensors is a window into the file, and follows whoever writes to it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = _read_tensors(path, file)
         return _Reader(document, tensors, vocabulary, device, path.stat().st_size).read()
     except ArtifactError as error:
         raise ArtifactError(f"cannot load {str(path)!r}: {error}") from error.__cause__
@@ -305,6 +304,25 @@ def load(
         raise ArtifactError(
             f"cannot load {str(path)!r}: its content makes no sense ({type(error).__name__}: {error})"
         ) from error
+
+
+def _read_tensors(path: Path, file: Any) -> dict[str, torch.Tensor]:
+    """Read every tensor of a file that safetensors has opened and checked.
+
+    A tensor of safetensors is a window into the file, which follows whoever writes to it. These have memory of their
+    own, and are not copied from the window: its pages would be in memory beside them as long as the file is open.
+    """
+    found: dict[str, torch.Tensor] = {}
+    with path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        places = json.loads(stream.read(start - 8))
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            found[name] = torch.empty_like(file.get_tensor(name))
+            room = found[name].view(-1).view(torch.uint8).numpy()
+            stream.seek(start + places[name]["data_offsets"][0])
+            if stream.readinto(room.data) != room.nbytes:
+                raise ArtifactError(f"the tensor {name!r} is cut off")
+    return found
 
 
 def _available(device: str | torch.device) -> torch.device:
@@ -346,7 +364,7 @@ _FIELDS = {
 
 
 class _Reader:
-    """Rebuilds a module from a document and the tensors beside it."""
+    """Rebuilds a module from a document and the tensors beside it. What has been read is taken out of the document."""
 
     def __init__(
         self,
@@ -361,7 +379,8 @@ class _Reader:
         self.root = nn.Module()
 
     def read(self) -> CompactModule:
-        self._build_modules(_mapping(self.document["modules"]))
+        report = self._report()
+        self._build_modules(_mapping(self.document.pop("modules")))
         known_tensors = _mapping(self.document["tensors"])
         for path, record in known_tensors.items():
             self._place_tensor(check_path(path, "a tensor"), _mapping(record))
@@ -370,10 +389,10 @@ class _Reader:
                 raise ArtifactError(f"the file lacks the tensor {path!r}")
         layers = dict(self.root.named_modules(remove_duplicate=False))
         reader = GraphReader(self.vocabulary, layers, known_tensors, self.device)
-        graph = reader.read(self.document["nodes"])
+        graph = reader.read(self.document.pop("nodes"))
         graph.lint()
         name = check_name(self.document["class_name"], "a class")
-        compact = CompactModule(self.root, graph, self._report(), name)
+        compact = CompactModule(self.root, graph, report, name)
         self._set_modes(compact)
         self._set_info(graph_info(compact))
         return compact
@@ -440,9 +459,8 @@ class _Reader:
             module.training = training != (path in other)
 
     def _report(self) -> Report | None:
-        if self.document["report"] is None:
-            return None
-        return replace(Report.from_dict(decode(self.document["report"])), file_bytes=self.file_bytes)
+        found = self.document.pop("report")
+        return None if found is None else replace(Report.from_dict(decode(found)), file_bytes=self.file_bytes)
 
     def _set_info(self, known: GraphInfo) -> None:
         known.stage = Stage(self.document["stage"])

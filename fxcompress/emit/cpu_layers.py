@@ -292,9 +292,27 @@ class Int8Layer(QuantizedLayer):
         """The bias of the same layer on integers without zero point: sum w (q - z) + b = sum w q + (b - z sum w)."""
         if not self.input.zero_point:
             return self.bias
-        sums = self.weight.flatten(1).sum(1, dtype=torch.int64)
+        sums = _row_sums(self.weight.flatten(1))
         shift = sums.double() * self.weight_scale.double() * (self.input.scale * self.input.zero_point)
         return (-shift if self.bias is None else self.bias.double() - shift).float()
+
+
+def _row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """Return int64 sums of the rows, a few at a time: adding up in 64 bits makes a copy in 64 bits.
+
+    The copies share one place. Each in a place of its own would be freed, and yet add up: glibc does not use aligned
+    memory again for a piece of the same size.
+    """
+    sums = weight.new_empty(len(weight), dtype=torch.int64)
+    some = max(1, _ADDED_AT_ONCE // max(1, weight.shape[1]))
+    place = weight.new_empty(some, weight.shape[1], dtype=torch.int64)
+    for rows, found in zip(weight.split(some), sums.split(some), strict=True):
+        torch.sum(place[: len(rows)].copy_(rows), 1, out=found)
+    return sums
+
+
+#: Numbers that are added up at once.
+_ADDED_AT_ONCE = 1 << 17
 
 
 class Int8Conv(Convolution, Int8Layer):

@@ -95,8 +95,7 @@ class Executor:
 
     def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
         self.graph_module, self.library = graph_module, library
-        self.packed: dict[Any, Any] = {}
-        self.paged: set[nn.Module] = set()
+        self.packed = _Packed()
         self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -131,23 +130,11 @@ class Executor:
             images = images_of(plan)
             single = self._plan_of_one(inputs, recorded, images) if images > 1 else None
             bound = BoundPlan(plan, self.library, single)
-            self._page_out()
+            self.packed.settle()
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
         self.plans[key] = bound
         return bound
-
-    def _page_out(self) -> None:
-        """Keep weights in memory once, as the kernels want them."""
-        layers = {key[0] if isinstance(key, tuple) else key for key in self.packed} - self.paged
-        for layer in layers:
-            if isinstance(layer, Kernel):
-                layer.repack()  # what the graph has prepared for itself
-                for buffer in layer.buffers(recurse=False):
-                    page_out(buffer)
-        self.paged |= layers
-        if layers:
-            give_back()
 
     def _plan_of_one(self, inputs: list[Any], recorded: dict[fx.Node, Any], images: int) -> Plan | None:
         """A plan for the first image of a batch, if it will do for each of them."""
@@ -160,6 +147,39 @@ class Executor:
         except Unplannable:  # sizes are written in the graph that fit no other batch
             return None
         return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
+
+
+class _Packed(dict[Any, Any]):
+    """What the kernels want of each layer: packed weights and the like, by layer, or by layer and way of packing.
+
+    As soon as a layer has been packed, its own weights leave memory, so that no two layers are there twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paged: set[nn.Module] = set()
+        self.freed = 0  #: bytes that the system has not been given back
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        layer = key[0] if isinstance(key, tuple) else key
+        if layer in self.paged or not isinstance(layer, Kernel):
+            return
+        self.paged.add(layer)
+        layer.repack()  # what the graph has prepared for itself
+        self.freed += sum(page_out(buffer) for buffer in layer.buffers(recurse=False))
+        if self.freed > _GIVEN_BACK_AT:
+            self.settle()
+
+    def settle(self) -> None:
+        """Give the system what has become free."""
+        if self.freed:
+            give_back()
+        self.freed = 0
+
+
+#: Bytes that may be free before the system gets them back, which takes a while.
+_GIVEN_BACK_AT = 1 << 20
 
 
 def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:

@@ -19,11 +19,16 @@ CHUNK = 64
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a flat copy that starts at a multiple of 64 bytes."""
-    flat = tensor.contiguous().view(-1)
-    room = torch.empty(flat.numel() * flat.element_size() + 64, dtype=torch.uint8)
-    start = -room.data_ptr() % 64
-    copy = room[start : start + flat.numel() * flat.element_size()].view(flat.dtype)
-    return copy.copy_(flat)
+    copy = room(tensor.numel(), tensor.dtype)
+    copy.view(tensor.shape).copy_(tensor)
+    return copy
+
+
+def room(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for as many numbers, flat, that starts at a multiple of 64 bytes."""
+    memory = torch.empty(count * dtype.itemsize + 64, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + count * dtype.itemsize].view(dtype)
 
 
 def rounded_up(number: int, step: int) -> int:
@@ -79,14 +84,20 @@ def convolution(weights: torch.Tensor) -> torch.Tensor:
         int8, flat: for each group, block, place and four bytes, those of the block's output channels side by side.
     """
     groups, channels, places, run = weights.shape
-    padded = torch.zeros(groups, rounded_up(channels, LANES), places, rounded_up(run, DEPTH), dtype=torch.int8)
-    padded[:, :channels, :, :run] = weights
-    quads = padded.unflatten(3, (-1, DEPTH)).permute(0, 2, 3, 1, 4)  # (groups, places, quads, channels, 4)
-    pieces, start = [], 0
+    shape = (groups, rounded_up(channels, LANES), places, rounded_up(run, DEPTH))
+    if weights.shape != shape:
+        padded = torch.zeros(shape, dtype=torch.int8)
+        padded[:, :channels, :, :run] = weights
+        weights = padded
+    quads = weights.unflatten(3, (-1, DEPTH)).permute(0, 2, 3, 1, 4)  # (groups, places, quads, channels, 4)
+    packed = room(quads.numel(), torch.int8)  # nothing in between: large layers have no copy but this one
+    rows, start = packed.view(groups, -1), 0
     for wide in blocks(channels):
-        pieces.append(quads[:, :, :, start : start + LANES * wide].flatten(1))
+        piece = quads[:, :, :, start : start + LANES * wide]
+        first = start * places * shape[3]
+        rows[:, first : first + piece[0].numel()].view(piece.shape).copy_(piece)
         start += LANES * wide
-    return aligned(torch.cat(pieces, 1))
+    return packed
 
 
 def float_linear(weight: torch.Tensor) -> torch.Tensor:
@@ -130,6 +141,8 @@ def merged_groups(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, int]
         one. The last one is filled up with zeros.
     """
     out, join = weight.shape[0] // groups, joined_groups(weight.shape[0], weight.shape[1], groups)
+    if join == 1:
+        return weight.view(groups, out, *weight.shape[1:]), 1
     split = weight.new_zeros(rounded_up(groups, join), out, *weight.shape[1:])
     split[:groups] = weight.view(groups, out, *weight.shape[1:])
     split = split.unflatten(0, (-1, join))

@@ -12,14 +12,17 @@ import torch
 SMALLEST = 1 << 16
 
 
-def page_out(tensor: torch.Tensor) -> None:
+def page_out(tensor: torch.Tensor) -> int:
     """Move a tensor's numbers to a temporary file, from which the system reads them when they are next looked at.
 
     The tensor stays the same object with the same numbers, and can be changed: changes stay in memory, in this process
     alone. Where no file can be written, or the system cannot remove one that is in use, nothing happens.
+
+    Returns:
+        Bytes that have become free.
     """
     if tensor.numel() * tensor.element_size() < SMALLEST or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        return
+        return 0
     with (
         contextlib.suppress(OSError, RuntimeError),
         torch.inference_mode(False),  # it is to be an ordinary tensor, wherever the first call happens
@@ -30,6 +33,8 @@ def page_out(tensor: torch.Tensor) -> None:
         file.flush()
         mapped = torch.from_file(file.name, shared=False, size=flat.numel(), dtype=tensor.dtype)
         tensor.data = mapped.view(tensor.shape)
+        return flat.numel() * flat.element_size()
+    return 0
 
 
 def give_back() -> None:
