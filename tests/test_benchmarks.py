@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_soaking_tells_growth_drift_and_calls_apart(program: Any) -> None:
     kept = []
 
     def growing(x: torch.Tensor) -> torch.Tensor:
-        kept.append(torch.ones(1 << 18))  # a megabyte
+        kept.append(mmap.mmap(-1, 1 << 20))  # a megabyte of the system, not of what was freed before
+        kept[-1].write(bytes([1]) * (1 << 20))
         return x + (len(kept) > 30 and len(x) == 3)
 
     found = program.soak(growing, batches, 40)

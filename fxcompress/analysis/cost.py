@@ -104,7 +104,7 @@ def layer_name(node: fx.Node) -> str:
 
 
 #: Attention as a function and as a module, in all stages of quantisation; query and key are the first arguments.
-_ATTENTION = frozenset({"attention", "observed_attention", "fake_quantize_attention", "Int8Attention"})
+_ATTENTION = frozenset({"attention", "fake_quantize_attention", "ObservedAttention", "Int8Attention"})
 
 
 def macs(node: fx.Node) -> int:

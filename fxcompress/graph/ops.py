@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from fxcompress.graph import modules as own
 from fxcompress.graph.metadata import TensorInfo, info
-from fxcompress.quant.attention import ObservedAttention, fake_quantize_attention
+from fxcompress.quant.attention import fake_quantize_attention
 from fxcompress.quant.normed_layers import PLAIN
 from fxcompress.quant.rows import fake_quantize_rows
 
@@ -331,7 +331,6 @@ MODULE_KINDS: dict[type[nn.Module], str] = {
     own.StochasticDepth: "dropout",
     nn.RReLU: "rrelu",
     nn.MultiheadAttention: "multihead_attention",
-    ObservedAttention: "observed_attention",
     nn.LSTM: "lstm",
     nn.GRU: "gru",
     nn.RNN: "rnn",

@@ -102,7 +102,8 @@ def test_float_states_hold_tensors_of_the_model_only() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_grid_of_a_kernel_is_in_its_state(name: str) -> None:
     grids = {"input": Grid(0.25, 3), "output": Grid(0.5, 128), "left": Grid(0.125, 0), "right": Grid(2.0, 9),
-             "grid": Grid(1.5, 1, 0, 15)}  # fmt: skip
+             "grid": Grid(1.5, 1, 0, 15), "query": Grid(0.375, 2), "key": Grid(0.75, 4),
+             "value": Grid(0.1875, 5)}  # fmt: skip
     config = {
         "channels": 2, "in_channels": 2, "out_channels": 2, "in_features": 2, "out_features": 2,
         "kernel_size": [1], "stride": [1], "padding": [0], "dilation": [1], "groups": 1, "bias": True,

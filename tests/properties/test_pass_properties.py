@@ -30,6 +30,7 @@ FLOAT_PASSES: dict[str, fxc.Pass] = {
     "fold-batch-norm": P.FoldBatchNorm(),
     "fold-batch-norm-forward": P.FoldBatchNormForward(),
     "fuse-activation": P.FuseActivation(),
+    "fuse-attention": P.FuseAttention(),
     "fold-constants": P.FoldConstants(),
     "eliminate-identities": P.EliminateIdentities(),
     "eliminate-common": P.EliminateCommon(),
