@@ -44,6 +44,8 @@ _WITH_RELU = frozenset({"add", "batch_norm"})
 #: Kinds that compute no tensor worth a line in the ledger.
 _SILENT = frozenset({"placeholder", "output", "get_attr", "size", "ndim", "numel", "getattr", "item", "opaque_number"})
 
+_FOR_ATTENTION = "attention brings it onto a grid itself"
+
 Accepts = Callable[[str, nn.Module], str | None]
 ModeOf = Callable[[str, nn.Module], str]
 
@@ -156,7 +158,7 @@ class _Planner:
         demanded, chosen = self._demanded(computable)
         attending = self._attending(demanded)
         groups = (*self._groups(demanded), *self._read_by_attention(attending, demanded))
-        self._give_reasons(demanded, chosen | set(attending))
+        self._give_reasons(demanded, chosen, attending)
         anchors = [
             Anchor(nodes[0].name, str(nodes[0].target), tuple(node.name for node in nodes[1:]), self._mode(nodes[0]))
             for nodes in self.regions.values()
@@ -331,15 +333,23 @@ class _Planner:
 
     # The ledger
 
-    def _give_reasons(self, demanded: dict[fx.Node, str], chosen: set[fx.Node]) -> None:
-        inside = {node for nodes in self.regions.values() for node in nodes}
+    def _give_reasons(self, demanded: dict[fx.Node, str], chosen: set[fx.Node], attending: dict[fx.Node, str]) -> None:
+        inside = {node for nodes in self.regions.values() for node in nodes} | set(attending)
+        waiting = [value for node in attending for value in _attended(node)]
+        attended: set[fx.Node] = set()  # moved on the way to attention
+        while waiting:
+            value = waiting.pop()
+            if moves(value) and value not in attended:
+                attended.add(value)
+                waiting += data_inputs(value)
         for node in self.graph.nodes:
             kind = ops.kind(node)
             moves_integers = moves(node) and self.leader[node] in demanded
             if node in inside or node in chosen or moves_integers or kind in _SILENT or not _float_values(node):
                 continue
             name = str(node.target) if node.op == "call_module" else node.name
-            self.reasons.setdefault(name, _reason(node, kind, self.leader[node] in demanded))
+            reason = _FOR_ATTENTION if node in attended else _reason(node, kind, self.leader[node] in demanded)
+            self.reasons.setdefault(name, reason)
 
 
 def _reason(node: fx.Node, kind: str, demanded: bool) -> str:

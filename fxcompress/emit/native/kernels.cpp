@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #define UNROLL _Pragma("GCC unroll 64")
 #define INLINE static inline __attribute__((always_inline))
@@ -383,8 +384,7 @@ INLINE __m512 residual_numbers(const Finish& f, const uint8_t* place, int64_t ch
 // Finishes the sums of MR pixels and NB vectors of channels, which lie in memory: the compiler would not keep in
 // registers what is handed on by address.
 // lane: of the first scale and bias; channel: of the first number of the result.
-// PLAIN: bytes without a residual and an activation, which is most layers.
-template <int NB, bool PLAIN>
+template <int NB>
 INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish& f, const Limits& limits,
                         int64_t lane, int64_t channel, int64_t count, uint8_t* const* results, const uint8_t* const* residuals) {
     __m512 scale[NB], bias[NB];
@@ -404,7 +404,7 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
             if (i < NB * TOGETHER)
                 y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[p] + 16 * n)), scale[n], bias[n]);
         }
-        if (!PLAIN && f.residual_kind != -1) {
+        if (f.residual_kind != -1) {
             UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
                 const int n = i % NB, p = m + i / NB;
                 if (TOGETHER == 1 || p < pixels)
@@ -412,11 +412,11 @@ INLINE void finish_tile(int pixels, const int32_t (*sums)[16 * NB], const Finish
                         y[i], residual_numbers(f, residuals[p], channel + 16 * n, first_floats(count - 16 * n)));
             }
         }
-        if (!PLAIN && f.activation != NONE) {
+        if (f.activation != NONE) {
             UNROLL for (int i = 0; i < NB * TOGETHER; i++)
                 y[i] = activate(y[i], f.activation, (float)f.argument0, (float)f.argument1);
         }
-        if (!PLAIN && f.kind == FLOAT) {
+        if (f.kind == FLOAT) {
             UNROLL for (int i = 0; i < NB * TOGETHER; i++) {
                 const int n = i % NB, p = m + i / NB;
                 if (TOGETHER == 1 || p < pixels)
@@ -479,14 +479,49 @@ __attribute__((noinline)) void tile(const Convolution& c, const Part& part, cons
             }
         }
     }
+    const Finish& f = c.finish;
+    const bool bytes = f.kind == BYTES && f.activation == NONE && part.count >= 16 * NB;
+    if (bytes && (f.residual_kind == -1 || f.residual_kind == BYTES)) {  // most tiles are finished out of registers
+        const float *scale = f.scale + part.lane, *bias = f.bias + part.lane;
+        const __m512 factor = _mm512_set1_ps((float)f.residual_scale), shift = _mm512_set1_ps((float)f.residual_shift);
+        constexpr int TOGETHER = NB == 1 ? 4 : NB == 2 ? 2 : 1;  // pixels that are narrowed to bytes at once
+        auto finish = [&](auto adds) __attribute__((always_inline)) {
+            UNROLL for (int first = 0; first < MR; first += TOGETHER) {
+                __m512i q[4];
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const int n = i % NB, m = first + i / NB;
+                    q[i] = _mm512_setzero_si512();
+                    if (i >= NB * TOGETHER || m >= MR) continue;
+                    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m][n]), _mm512_loadu_ps(scale + 16 * n),
+                                               _mm512_loadu_ps(bias + 16 * n));
+                    if constexpr (adds) {
+                        const __m128i r = _mm_loadu_si128((const __m128i*)(residuals[m] + channel + 16 * n));
+                        y = _mm512_add_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), factor, shift));
+                    }
+                    q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(y, limits.inverse));
+                }
+                const __m512i made = in_order(narrow(q, limits.zero, limits.low, limits.high));
+                store_bytes(results[first] + channel, made, 16 * NB);
+                if (TOGETHER == 2 && first + 1 < MR)
+                    store_bytes(results[first + 1] + channel, _mm512_shuffle_i64x2(made, made, 0xEE), 16 * NB);
+                if (TOGETHER == 4 && first + 1 < MR)
+                    store_bytes(results[first + 1] + channel, _mm512_shuffle_i64x2(made, made, 0x55), 16 * NB);
+                if (TOGETHER == 4 && first + 2 < MR)
+                    store_bytes(results[first + 2] + channel, _mm512_shuffle_i64x2(made, made, 0xAA), 16 * NB);
+                if (TOGETHER == 4 && first + 3 < MR)
+                    store_bytes(results[first + 3] + channel, _mm512_shuffle_i64x2(made, made, 0xFF), 16 * NB);
+            }
+        };
+        if (f.residual_kind == BYTES)
+            finish(std::true_type());
+        else
+            finish(std::false_type());
+        return;
+    }
     alignas(64) int32_t made[MR + 3][16 * NB];  // the last pixels are finished four at a time
     UNROLL for (int m = 0; m < MR; m++)
         UNROLL for (int n = 0; n < NB; n++) _mm512_store_si512(made[m] + 16 * n, sums[m][n]);
-    const Finish& f = c.finish;
-    if (f.kind == BYTES && f.activation == NONE && f.residual_kind == -1)
-        finish_tile<NB, true>(MR, made, f, limits, part.lane, channel, part.count, results, residuals);
-    else
-        finish_tile<NB, false>(MR, made, f, limits, part.lane, channel, part.count, results, residuals);
+    finish_tile<NB>(MR, made, f, limits, part.lane, channel, part.count, results, residuals);
 }
 
 template <int NB>
