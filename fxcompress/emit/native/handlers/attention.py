@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from fxcompress.emit.cpu_dynamic import MOST_FEATURES
 from fxcompress.emit.cpu_int8 import Int8Attention
 from fxcompress.emit.cpu_numbers import broadcast, inverse
 from fxcompress.emit.native import steps
@@ -17,8 +16,8 @@ from fxcompress.emit.native.places import start_of
 from fxcompress.emit.native.plan import Unplanned
 from fxcompress.quant.spec import Grid
 
-#: With more keys, sums of weights times values would not fit 32 bits.
-_MOST_KEYS = 2**15
+#: With more keys or features, sums of products would not fit 32 bits.
+_MOST = 2**15
 
 
 def matmul(draft: Draft, given: dict[str, Any]) -> View:
@@ -63,7 +62,7 @@ def int8_attention(
     shared = heads == key_heads or (module.enable_gqa and heads % key_heads == 0)
     if not alike or len({one.meta.ndim for one in views}) != 1 or key_heads != value_heads or not shared:
         raise Unplanned
-    if keys > _MOST_KEYS or depth > MOST_FEATURES:
+    if max(keys, depth) > _MOST:
         raise Unplanned
     output, scale = module.output, depth**-0.5 if module.scale is None else module.scale
     # Heads behind the length, as the next layer wants them.
