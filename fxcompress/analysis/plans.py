@@ -162,7 +162,7 @@ class _Chooser:
         kept: Mapping[int, str],
     ) -> None:
         self.analysis, self.scope, self.round_to = analysis, scope, round_to
-        self.max_ratio, self.relative = max_ratio, relative
+        self.relative = relative
         self.shares = np.full(analysis.group_count, np.nan) if shares is None else shares
         free = analysis.free() & (families(analysis) >= 0)
         spared = _spared_parts(analysis, free, heads)
@@ -177,6 +177,17 @@ class _Chooser:
         self.scores, self.width = scores, widths(analysis)
         self.members = members_of_families(analysis, judged)
         self.axes = _distinct_axes(analysis)
+        # All members, family after family: which one each belongs to, where it starts, how many of it may go.
+        sizes = [len(members) for members in self.members]
+        self.all = np.concatenate(self.members) if self.members else np.zeros(0, dtype=np.int64)
+        self.owner = np.repeat(np.arange(len(sizes)), sizes)
+        self.start = np.cumsum([0, *sizes[:-1]])
+        most = [min(max_ratio, np.nan_to_num(self.shares[members[0]], nan=1.0)) for members in self.members]
+        self.limits = np.array([int(size * share + 1e-9) for size, share in zip(sizes, most, strict=True)], dtype=int)
+
+    def counts(self, ratio: float) -> tuple[int, ...]:
+        """Return the numbers of groups that a ratio asks for: all of it that `choose` depends on."""
+        return tuple(self._even(ratio, self.members)) if self.scope == "layer" else (self._in_all(ratio),)
 
     def choose(self, ratio: float) -> Booleans:
         """Return the groups to mask for a ratio.
@@ -211,11 +222,16 @@ class _Chooser:
 
     def _wanted(self, ratio: float, scores: Floats) -> Booleans:
         """The least important groups; those with an infinite score have been spared before."""
-        ranked = [members[np.argsort(scores[members], kind="stable")] for members in self.members]
-        counts = self._even(ratio, ranked) if self.scope == "layer" else self._ranked_together(ratio, ranked, scores)
         wanted = np.zeros(self.analysis.group_count, dtype=bool)
-        for members, count in zip(ranked, counts, strict=True):
-            wanted[members[:count]] = True
+        if not self.members:
+            return wanted
+        order = np.lexsort((scores[self.all], self.owner))  # families one after the other, each by importance
+        ranked, rank = self.all[order], np.arange(len(order)) - self.start[self.owner]
+        if self.scope == "layer":
+            counts = np.array(self._even(ratio, self.members))
+        else:
+            counts = self._ranked_together(ratio, scores[ranked], rank)
+        wanted[ranked[rank < counts[self.owner]]] = True
         return wanted & ~np.isinf(scores)
 
     def _allowed(self, wanted: Booleans, scores: Floats) -> Booleans:
@@ -240,21 +256,28 @@ class _Chooser:
         ]
         return [int(len(members) * share + 1e-9) for members, share in zip(ranked, shares, strict=True)]
 
-    def _ranked_together(self, ratio: float, ranked: list[Integers], scores: Floats) -> list[int]:
-        """How many of every family are among the least important of all, each score divided by its family's mean."""
-        if not ranked:
-            return []
-        most = [min(self.max_ratio, np.nan_to_num(self.shares[members[0]], nan=1.0)) for members in ranked]
-        limits = [int(len(members) * share + 1e-9) for members, share in zip(ranked, most, strict=True)]
-        relative, owner = [], []
-        for index, (members, limit) in enumerate(zip(ranked, limits, strict=True)):
-            judged = scores[members][np.isfinite(scores[members])]
-            mean = judged.clip(min=0).mean() if self.relative and len(judged) else 1.0
-            relative.append(scores[members[:limit]] / (mean if mean > 0 else 1.0))
-            owner.append(np.full(limit, index))
-        total = sum(len(members) for members in ranked)
-        lowest = np.argsort(np.concatenate(relative), kind="stable")[: int(total * ratio + 1e-9)]
-        return np.bincount(np.concatenate(owner)[lowest], minlength=len(ranked)).tolist()  # type: ignore[no-any-return]
+    def _ranked_together(self, ratio: float, scores: Floats, rank: Integers) -> Integers:
+        """How many of every family are among the least important of all, each score divided by its family's mean.
+
+        Args:
+            scores: of the families one after the other, each from its lowest score on. rank: the place of each in its
+                family.
+        """
+        means = np.ones(len(self.members))
+        if self.relative:
+            finite = np.isfinite(scores)
+            values, owner = scores[finite].clip(min=0), self.owner[finite]
+            sums = np.bincount(owner, values, minlength=len(means))
+            means = sums / np.bincount(owner, minlength=len(means)).clip(min=1)
+            means = np.where(means > 0, means, 1.0)
+        candidates = np.flatnonzero(rank < self.limits[self.owner])
+        relative = scores[candidates] / means[self.owner[candidates]]
+        lowest = candidates[np.argsort(relative, kind="stable")[: self._in_all(ratio)]]
+        return np.bincount(self.owner[lowest], minlength=len(self.members))
+
+    def _in_all(self, ratio: float) -> int:
+        """How many groups a share of all of them is."""
+        return int(len(self.all) * ratio + 1e-9)
 
     def _rounded(self, members: Integers, count: int) -> int:
         """Lower a number of groups to mask so that a multiple of `round_to` channels, and one group, is left."""
@@ -315,9 +338,13 @@ def _meet(budget: Budget, chooser: _Chooser, cost: CostOfChoice) -> Booleans:
     if abs(best_cost - target) <= 0.03 * target:
         return masked
     low, high = 0.0, 1.0 - 1e-9
+    known: dict[tuple[int, ...], Booleans] = {}
     for _ in range(40):
         middle = (low + high) / 2
-        dead = chooser.choose(middle)
+        asked = chooser.counts(middle)
+        if asked not in known:
+            known[asked] = chooser.choose(middle)
+        dead = known[asked]
         found = cost(budget.quantity, dead)
         near = abs(found - target) < abs(best_cost - target)
         if near and (found >= target or budget.way is None):  # nothing comes back on the way
