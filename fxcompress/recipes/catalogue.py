@@ -88,7 +88,7 @@ _RECIPES = (
     Recipe(
         "half-macs",
         "Channels are removed until half of the multiplications are left; the rest follows the uncompressed network.",
-        "prune-channels{budget=macs:0.5}, distill{epochs=6, learning_rate=0.002, schedule=cosine, alpha=0.9}, fuse",
+        "prune-channels{budget=macs:0.5}, distill{epochs=10, learning_rate=0.002, schedule=cosine, alpha=0.9}, fuse",
     ),
     Recipe(
         "quarter-macs",
@@ -114,13 +114,13 @@ _RECIPES = (
     Recipe(
         "student-alone",
         "A network of a third of the size, trained on the labels only: what distillation has to beat.",
-        "train{epochs=8, learning_rate=0.002, schedule=cosine}, fuse",
+        "train{epochs=20, learning_rate=0.004, schedule=cosine}, fuse",
         student=True,
     ),
     Recipe(
         "distillation",
         "A network of a third of the size, trained as long, follows the softened outputs of the trained one.",
-        "distill{epochs=8, learning_rate=0.002, schedule=cosine, temperature=4.0, alpha=0.9}, fuse",
+        "distill{epochs=20, learning_rate=0.004, schedule=cosine, temperature=8.0, alpha=0.95}, fuse",
         student=True,
     ),
     Recipe(
