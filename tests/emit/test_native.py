@@ -1107,3 +1107,26 @@ def test_sizes_are_recorded_without_pretending(monkeypatch: pytest.MonkeyPatch) 
     compact = fxc.compile(Halved(), "fuse, quantize", x, calibration=[x])
     assert_alike(compact, x)
     assert planned(compact)
+
+
+class Placed(nn.Module):
+    """Numbers that are made where the input is, in the middle of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(1, x.shape[1] + 1, dtype=torch.float32, device=x.device)
+        y = self.first(x) + (places / (places[-1:] + 1e-6)).unsqueeze(1)
+        z: torch.Tensor = self.last(y)
+        return z
+
+
+def test_numbers_made_on_the_device_of_the_input() -> None:
+    """Plans are recorded on the device meta, which has no numbers to read."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    compact = fxc.compile(Placed(), "fuse, quantize", x, calibration=[x])
+    assert_alike(compact, x)
+    assert planned(compact)

@@ -352,6 +352,8 @@ class BoundPlan:
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if [_kind_of(tensor) for tensor in made] != [_kind_of(view.meta) for view in call.results]:
             raise Unplannable  # a function whose results depend on more than shapes
+        if any(tensor.device.type != "cpu" for tensor in made):
+            raise Unplannable  # memory that no kernel reads
         for view, tensor in zip(call.results, made, strict=True):
             if tensor.stride() != view.meta.stride() or room.holds(tensor):
                 tensor = torch.empty_strided(tensor.shape, view.meta.stride(), dtype=tensor.dtype).copy_(tensor)

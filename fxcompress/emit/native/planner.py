@@ -81,6 +81,8 @@ _FUNCTIONS: dict[str, Callable[[Draft, dict[str, Any]], Any]] = {
     "attention": attention.attention,
 }
 
+_CPU = torch.device("cpu")  # of all that a plan computes, whatever it was recorded on
+
 #: Tensors of which only the shape is not known.
 _FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
 
@@ -118,7 +120,8 @@ class _Planner:
         if node.op == "output":
             return self._output(node)
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-            return value  # sizes, and what is computed of them: fixed by the shapes that the plan is for
+            # Sizes, and what is computed of them: fixed by the shapes that the plan is for.
+            return tree_map(lambda leaf: _CPU if isinstance(leaf, torch.device) else leaf, value)
         try:
             return self._fixed(node, value) or self._native(node)
         except Unplanned:
