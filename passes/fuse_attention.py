@@ -151,15 +151,17 @@ def _before(found: _Attention, node: fx.Node) -> fx.Node | None:
         return None  # the mask is multiplied as well
     if kind == "masked_fill":
         found.masks.append(given["mask"])
-        return given["input"] if given["value"] == -math.inf else None
+        fits = given["value"] == -math.inf and _shape(given["input"]) == _shape(node)
+        return given["input"] if fits else None
     if kind == "reshape":
         found.windows.append(node)
         return given["input"]  # type: ignore[no-any-return]
     operands = [given["input"], given["other"]]
     scores = next((one for one in operands if isinstance(one, fx.Node) and _leads_to_product(one, node)), None)
     mask = operands[scores is operands[0]]
-    if scores is None or _tensor(mask) is None or "alpha" in given:
-        return None
+    known, sum_ = _tensor(mask), _tensor(node)
+    if scores is None or known is None or sum_ is None or known.dtype != sum_.dtype or "alpha" in given:
+        return None  # a mask of booleans that is added is none: it adds 1
     found.masks.append(mask)
     return scores
 
@@ -171,6 +173,8 @@ def _unscaled(found: _Attention, node: fx.Node) -> fx.Node | None:
     if ops.kind(node) == "mul" and isinstance(factor, fx.Node):
         factor, value = value, factor
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or given.get("rounding_mode"):
+        return None
+    if ops.kind(node) == "div" and not factor:
         return None
     found.scale *= factor if ops.kind(node) == "mul" else 1 / factor
     return value if isinstance(value, fx.Node) else None

@@ -12,8 +12,10 @@ product, that of Milakov and Gimelshein, Online normalizer calculation for softm
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fxcompress.quant.unobserved import Unobserved
@@ -90,17 +92,8 @@ def fake_quantize_attention(
 class ObservedAttention(Unobserved):
     """`F.scaled_dot_product_attention` that becomes `fake_quantize_attention` once training has started."""
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
         """Return attention; arguments are those of `F.scaled_dot_product_attention`."""
-        function = fake_quantize_attention if self.rounds(query) else torch.nn.functional.scaled_dot_product_attention
-        return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        function: Any = fake_quantize_attention if self.rounds(query) else F.scaled_dot_product_attention
+        result: torch.Tensor = function(query, *others, **options)
+        return result

@@ -36,6 +36,8 @@ class SelfAttention(nn.Module):
         self.heads, self.key_heads, self.causal = heads, key_heads, causal
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.key, self.value = (nn.Linear(width, key_heads * features) for _ in range(2))
+        with torch.no_grad():  # so that it matters which key a query meets
+            self.query.weight.mul_(4)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         def split(y: torch.Tensor, heads: int) -> torch.Tensor:

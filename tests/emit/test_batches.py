@@ -160,6 +160,8 @@ def made_by(graph_module: fx.GraphModule, x: torch.Tensor) -> dict[fx.Node, Any]
         (lambda x, table: x.sum(0, keepdim=True), False),
         (lambda x, table: x * x.shape[0], False),
         (lambda x, table: x * x.shape[1], True),
+        (lambda x, table: x[:, :, x.shape[0] - 1], False),  # an index
+        (lambda x, table: x.narrow(2, x.shape[0], 1), False),
         (lambda x, table: x + torch.zeros((x.shape[0], 1, 6)), True),
         (lambda x, table: x + torch.full((1, 1, 1), x.shape[0]), False),
         (lambda x, table: x + table.view(4, 3, 1)[: x.shape[0]], False),  # rows that differ from image to image
@@ -210,7 +212,7 @@ def test_windows_lie_inside_of_images(batch: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(batch, 8, 8, 16)
     compact = compiled(Windows(), x)
-    assert "softmax" not in compact.code.replace("masks", "")
+    assert "softmax" not in compact.code
     assert_alike(compact, x)
     assert one_by_one(compact)
 

@@ -77,6 +77,9 @@ class Written(nn.Module):
     def filled_with_a_number(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q @ k.mT).masked_fill(self.get_buffer("hidden"), -2.0).softmax(-1) @ v
 
+    def booleans_are_added(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT + self.get_buffer("hidden")).softmax(-1) @ v
+
     def no_product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self.bias.softmax(-1) @ v + q + k
 
@@ -89,7 +92,7 @@ class Written(nn.Module):
 
 FUSED = ["plain", "divided", "scaled_queries", "keys_turned", "biased", "two_masks", "filled", "windows", "stacked"]
 LEFT = ["weights_are_read", "other_dimension", "bias_is_scaled_too", "filled_with_a_number", "no_product",
-        "keys_are_broadcast", "values_are_broadcast"]  # fmt: skip
+        "keys_are_broadcast", "values_are_broadcast", "booleans_are_added"]  # fmt: skip
 
 
 def kinds(graph_module: Any) -> list[str]:

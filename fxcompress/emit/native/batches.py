@@ -11,11 +11,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fxcompress.graph import ops
 
-#: Kinds that read sizes as sizes, not as numbers to compute with.
+#: Kinds that read sizes as sizes, not as numbers to compute with or as indices.
 _READ_SIZES = frozenset(
-    {"reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "broadcast_to", "zeros", "ones", "size",
-     "narrow", "getitem"}
-)  # fmt: skip
+    {"reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "broadcast_to", "zeros", "ones"}
+)
 
 #: Kinds that make the same numbers for every image of a batch.
 _FILLED = frozenset({"zeros", "ones"})
