@@ -177,13 +177,15 @@ class _Chooser:
         self.scores, self.width = scores, widths(analysis)
         self.members = members_of_families(analysis, judged)
         self.axes = _distinct_axes(analysis)
-        # All members, family after family: which one each belongs to, where it starts, how many of it may go.
+        # All members, family after family: which one each belongs to, and what may go.
         sizes = [len(members) for members in self.members]
         self.all = np.concatenate(self.members) if self.members else np.zeros(0, dtype=np.int64)
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
-        self.start = np.cumsum([0, *sizes[:-1]])
         most = [min(max_ratio, np.nan_to_num(self.shares[members[0]], nan=1.0)) for members in self.members]
-        self.limits = np.array([int(size * share + 1e-9) for size, share in zip(sizes, most, strict=True)], dtype=int)
+        limits = [int(size * share + 1e-9) for size, share in zip(sizes, most, strict=True)]
+        limits = sizes if scope == "layer" else limits
+        units = [self.round_to // math.gcd(self.round_to, self._width(members)) for members in self.members]
+        self.blocks = _Blocks.of(sizes, units, limits)
 
     def counts(self, ratio: float) -> tuple[int, ...]:
         """Return the numbers of groups that a ratio asks for: all of it that `choose` depends on."""
@@ -208,8 +210,8 @@ class _Chooser:
         while True:
             scores = np.where(dead, -1.0, np.where(spared, np.inf, self.scores))
             wanted = self._wanted(ratio, scores)
-            chosen = self._allowed(wanted, scores)
-            if not (chosen & ~dead).any() and not (wanted & ~chosen & ~spared).any():
+            chosen = self._revive(wanted.copy(), scores)
+            if (chosen == wanted).all():
                 return chosen
             dead, spared = chosen, spared | (wanted & ~chosen)
 
@@ -221,27 +223,18 @@ class _Chooser:
         return self._revive(dead, self.scores)
 
     def _wanted(self, ratio: float, scores: Floats) -> Booleans:
-        """The least important groups; those with an infinite score have been spared before."""
+        """The least important groups, in whole blocks; those with an infinite score have been spared before."""
         wanted = np.zeros(self.analysis.group_count, dtype=bool)
         if not self.members:
             return wanted
-        order = np.lexsort((scores[self.all], self.owner))  # families one after the other, each by importance
-        ranked, rank = self.all[order], np.arange(len(order)) - self.start[self.owner]
+        ranked = self.all[np.lexsort((scores[self.all], self.owner))]  # one family after the other, each by importance
         if self.scope == "layer":
-            counts = np.array(self._even(ratio, self.members))
+            left = np.bincount(self.owner[np.isfinite(scores[self.all])], minlength=len(self.members))
+            taken = self.blocks.within(np.minimum(self._even(ratio, self.members), left))
         else:
-            counts = self._ranked_together(ratio, scores[ranked], rank)
-        wanted[ranked[rank < counts[self.owner]]] = True
+            taken = self.blocks.lowest(self._relative(scores[ranked]), self._in_all(ratio))
+        wanted[ranked[self.blocks.places < taken[self.owner]]] = True
         return wanted & ~np.isinf(scores)
-
-    def _allowed(self, wanted: Booleans, scores: Floats) -> Booleans:
-        """Those of the wanted groups that rounding and the last index of an axis leave."""
-        allowed = np.zeros(self.analysis.group_count, dtype=bool)
-        for members in self.members:
-            ranked = members[wanted[members]]
-            ranked = ranked[np.argsort(scores[ranked], kind="stable")]
-            allowed[ranked[: self._rounded(members, len(ranked))]] = True
-        return self._revive(allowed, scores)
 
     def _even(self, ratio: float, ranked: list[Integers]) -> list[int]:
         """The same share of every family that has none of its own.
@@ -256,35 +249,24 @@ class _Chooser:
         ]
         return [int(len(members) * share + 1e-9) for members, share in zip(ranked, shares, strict=True)]
 
-    def _ranked_together(self, ratio: float, scores: Floats, rank: Integers) -> Integers:
-        """How many of every family are among the least important of all, each score divided by its family's mean.
-
-        Args:
-            scores: of the families one after the other, each from its lowest score on. rank: the place of each in its
-                family.
-        """
-        means = np.ones(len(self.members))
-        if self.relative:
-            finite = np.isfinite(scores)
-            values, owner = scores[finite].clip(min=0), self.owner[finite]
-            sums = np.bincount(owner, values, minlength=len(means))
-            means = sums / np.bincount(owner, minlength=len(means)).clip(min=1)
-            means = np.where(means > 0, means, 1.0)
-        candidates = np.flatnonzero(rank < self.limits[self.owner])
-        relative = scores[candidates] / means[self.owner[candidates]]
-        lowest = candidates[np.argsort(relative, kind="stable")[: self._in_all(ratio)]]
-        return np.bincount(self.owner[lowest], minlength=len(self.members))
+    def _relative(self, scores: Floats) -> Floats:
+        """Divide each score by the mean of its family, if so wanted; they come one family after the other."""
+        if not self.relative:
+            return scores
+        finite = np.isfinite(scores)
+        values, owner = scores[finite].clip(min=0), self.owner[finite]
+        counts = np.bincount(owner, minlength=len(self.members))
+        means = np.bincount(owner, values, minlength=len(self.members)) / counts.clip(min=1)
+        relative: Floats = scores / np.where(means > 0, means, 1.0)[self.owner]
+        return relative
 
     def _in_all(self, ratio: float) -> int:
         """How many groups a share of all of them is."""
         return int(len(self.all) * ratio + 1e-9)
 
-    def _rounded(self, members: Integers, count: int) -> int:
-        """Lower a number of groups to mask so that a multiple of `round_to` channels, and one group, is left."""
-        left, width = len(members) - count, max(int(self.width[members[0]]), 1)
-        while left < len(members) and (left < 1 or left * width % self.round_to):
-            left += 1
-        return len(members) - left
+    def _width(self, members: Integers) -> int:
+        """How many channels each group of a family is."""
+        return max(int(self.width[members[0]]), 1)
 
     def _revive(self, dead: Booleans, scores: Floats) -> Booleans:
         """Keep the most important group of every axis that would lose all of its indices."""
@@ -295,6 +277,77 @@ class _Chooser:
                 best = groups[:, int(np.argmax(weakest))]
                 dead[best] = False
         return dead
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What families can lose: blocks of channels, each of which leaves a multiple of `round_to`.
+
+    Channels stand one family after the other, each family from its least important one on.
+
+    places: of a channel in its family. block: that a channel is in, -1 for those that stay. owner, size: of a block.
+    ends: for every family, how many channels it has lost after each of its blocks.
+    """
+
+    places: Integers
+    block: Integers
+    owner: Integers
+    size: Integers
+    ends: tuple[Integers, ...]
+
+    @classmethod
+    def of(cls, sizes: list[int], units: list[int], limits: list[int]) -> _Blocks:
+        """Cut families.
+
+        Args:
+            sizes: of families. units: what is left of each is a multiple of it, and not nothing. limits: how many
+                channels each may lose.
+        """
+        ends = []
+        for size, unit, limit in zip(sizes, units, limits, strict=True):
+            end = np.arange((size - 1) // unit * unit, 0, -unit)
+            ends.append((size - end)[size - end <= limit])
+        counts = [len(end) for end in ends]
+        first = np.cumsum([0, *counts])
+        places = [np.arange(size) for size in sizes]
+        block = [
+            np.where(place < end[-1], at + np.searchsorted(end, place, "right"), -1) if len(end) else np.full(size, -1)
+            for place, end, size, at in zip(places, ends, sizes, first[:-1], strict=True)
+        ]
+        none = [np.zeros(0, dtype=np.int64)]
+        return cls(
+            places=np.concatenate(none + places), block=np.concatenate(none + block),
+            owner=np.repeat(np.arange(len(sizes)), counts),
+            size=np.concatenate(none + [np.diff(end, prepend=0) for end in ends]), ends=tuple(ends),
+        )  # fmt: skip
+
+    def within(self, wanted: Integers) -> Integers:
+        """Return how many channels go from every family, at most as many as wanted."""
+        return np.array([int(end[end <= most].max(initial=0)) for end, most in zip(self.ends, wanted, strict=True)])
+
+    def lowest(self, scores: Floats, most: int) -> Integers:
+        """Return how many channels go from every family when those blocks go whose mean score is lowest.
+
+        Args:
+            scores: of the channels. most: how many may go in all; blocks that are larger than what is left of it stay.
+        """
+        inside = self.block >= 0
+        means = np.bincount(self.block[inside], scores[inside], minlength=len(self.size)) / self.size
+        order = np.argsort(means, kind="stable")
+        certain = int(np.searchsorted(np.cumsum(self.size[order]), most, "right"))
+        taken = np.bincount(self.owner[order[:certain]], minlength=len(self.ends))  # blocks of every family
+        left, full = most - int(self.size[order[:certain]].sum()), set[int]()
+        for owner in self.owner[order[certain:]].tolist():
+            if left <= 0:
+                break
+            ends = self.ends[owner]
+            size = int(ends[taken[owner]] - (ends[taken[owner] - 1] if taken[owner] else 0))
+            if owner in full or size > left:
+                full.add(owner)
+                continue
+            taken[owner] += 1
+            left -= size
+        return np.array([int(end[count - 1]) if count else 0 for end, count in zip(self.ends, taken, strict=True)])
 
 
 def _spared_parts(analysis: ChannelAnalysis, free: Booleans, heads: str) -> Booleans:
