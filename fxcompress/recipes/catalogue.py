@@ -77,12 +77,12 @@ _RECIPES = (
     Recipe(
         "one-shot",
         "80 % of the weights become zero at once, with all fine-tuning behind it.",
-        "mask-weights{amount=0.8}, train{epochs=6, learning_rate=0.001, schedule=cosine}, fuse",
+        "mask-weights{amount=0.8}, train{epochs=6, learning_rate=0.0003, schedule=cosine}, fuse",
     ),
     Recipe(
         "iterative",
         "80 % of the weights become zero in three steps, each with a third of the same fine-tuning behind it.",
-        "iterate{prune=mask-weights{amount=0.8}, train=train{epochs=2, learning_rate=0.001, schedule=cosine}, "
+        "iterate{prune=mask-weights{amount=0.8}, train=train{epochs=2, learning_rate=0.0003, schedule=cosine}, "
         "steps=3}, fuse",
     ),
     Recipe(
@@ -92,9 +92,9 @@ _RECIPES = (
     ),
     Recipe(
         "quarter-macs",
-        "Channels are removed in three steps until a quarter of the multiplications is left.",
+        "Channels are removed in three steps, down to a quarter of the multiplications; the uncompressed network teaches.",
         "iterate{prune=prune-channels{budget=macs:0.25}, "
-        "train=train{epochs=2, learning_rate=0.001, schedule=cosine}, steps=3}, fuse",
+        "train=distill{epochs=3, learning_rate=0.002, schedule=cosine, alpha=0.9}, steps=3}, fuse",
     ),
     Recipe(
         "ptq",
