@@ -92,7 +92,7 @@ _RECIPES = (
     ),
     Recipe(
         "quarter-macs",
-        "Channels are removed in three steps, down to a quarter of the multiplications; the uncompressed network teaches.",
+        "Channels are removed in three steps, down to a quarter of the MACs; the uncompressed network teaches.",
         "iterate{prune=prune-channels{budget=macs:0.25}, "
         "train=distill{epochs=3, learning_rate=0.002, schedule=cosine, alpha=0.9}, steps=3}, fuse",
     ),
