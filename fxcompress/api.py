@@ -20,7 +20,7 @@ from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import graph_info
 from fxcompress.pipeline.base import PassContext
 from fxcompress.pipeline.manager import PassManager
-from fxcompress.pipeline.presets import passes_for
+from fxcompress.pipeline.presets import passes_for, read_passes
 from fxcompress.pipeline.progress import progress_bar
 
 TARGETS = ("cpu", "cuda")
@@ -36,6 +36,7 @@ def compile(
     dtype: str | None = None,
     verify: bool = True,
     executor: str = "auto",
+    tune: bool = False,
     calibration: Any = None,
     train_data: Any = None,
     validation: Any = None,
@@ -55,6 +56,7 @@ def compile(
             not say how to compute are followed by those that do: LowerFloat, or Quantize.
         verify: whether to compare outputs across every pass that promises to be exact.
         executor: how a lowered graph runs: "auto", by our own kernels where there are some; "graph", node by node.
+        tune: whether to measure at the end how the lowered graph runs fastest on this machine, see `passes.Tune`.
         calibration: batches of inputs for passes that quantise (where the pass has none of its own).
         train_data: batches of (input, target) for passes that train (where the pass has none of its own).
         validation: batches of (input, target) on which passes that train look after every epoch how good the model is.
@@ -74,7 +76,8 @@ def compile(
     check_executor(executor)
     _check_dtype(target, dtype)
     inputs = ExampleInputs.of(example_inputs)
-    manager = PassManager(passes_for(passes, target, dtype), verify=verify, dump=dump)
+    chosen = [*passes_for(passes, target, dtype), *read_passes("tune" if tune else [])]
+    manager = PassManager(chosen, verify=verify, dump=dump)
     captured = trace(model, inputs, training=False)
     if verify and not isinstance(model, fx.GraphModule):
         compare.require_same_outputs(model, captured, inputs)

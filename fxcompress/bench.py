@@ -33,6 +33,7 @@ from fxcompress.emit.compact_module import CompactModule
 from fxcompress.errors import FxCompressError, OptionError
 from fxcompress.graph.inputs import ExampleInputs
 from fxcompress.graph.metadata import info
+from fxcompress.quant.cpu import processor
 from fxcompress.sources import Source, find_model
 
 #: build(model, inputs) -> what is timed, called without arguments. A function at the top of a module, so that another
@@ -376,11 +377,8 @@ def command() -> str:
 
 def machine() -> dict[str, Any]:
     """Return what is known of this machine: processor, cores, what its vector units can do, memory."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),

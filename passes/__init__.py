@@ -30,6 +30,7 @@ from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.remove_channels import RemoveChannels
 from fxcompress.passes.rewind_weights import RememberWeights, RewindWeights
 from fxcompress.passes.train import Train
+from fxcompress.passes.tune import Tune
 
 __all__ = [
     "QAT",
@@ -58,4 +59,5 @@ __all__ = [
     "RemoveChannels",
     "RewindWeights",
     "Train",
+    "Tune",
 ]

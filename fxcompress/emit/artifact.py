@@ -32,7 +32,7 @@ from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.encoding import GraphReader, check_name, check_path, decode, encode, encode_graph
 from fxcompress.emit.vocabulary import Vocabulary
 from fxcompress.errors import ArtifactError, UnsupportedError
-from fxcompress.graph.metadata import GraphInfo, Stage, graph_info
+from fxcompress.graph.metadata import GraphInfo, KernelChoices, Stage, graph_info
 from fxcompress.report import Report
 
 Json = Any
@@ -208,7 +208,16 @@ def _describe_info(module: fx.GraphModule, tensors: dict[str, torch.Tensor]) -> 
         bits = numpy.packbits(mask.detach().cpu().numpy().astype(bool).reshape(-1))
         tensors[f"mask:{path}"] = torch.from_numpy(bits)  # ":" cannot stand in the path of a parameter
         masks[path] = list(mask.shape)
-    return {"stage": known.stage.value, "canonical": known.canonical, "notes": list(known.notes), "masks": masks}
+    return {
+        "stage": known.stage.value, "canonical": known.canonical, "notes": list(known.notes), "masks": masks,
+        "kernels": _describe_kernels(known.kernels),
+    }  # fmt: skip
+
+
+def _describe_kernels(choices: KernelChoices | None) -> Json:
+    if choices is None:
+        return None
+    return {"machine": choices.machine, "calls": sorted(choices.calls), "cuts": dict(choices.cuts)}
 
 
 def _describe_report(report: Report | None) -> Json:
@@ -467,6 +476,21 @@ class _Reader:
         known.masks = {path: self._mask(path, shape) for path, shape in _mapping(self.document["masks"]).items()}
         known.notes = [str(note) for note in self.document["notes"]]
         known.canonical = bool(self.document["canonical"])
+        known.kernels = self._kernels()
+
+    def _kernels(self) -> KernelChoices | None:
+        """What was measured to run fastest; files of earlier releases do not have it."""
+        found = self.document.get("kernels")
+        if found is None:
+            return None
+        machine, calls, cuts = (_mapping(found).get(name) for name in ("machine", "calls", "cuts"))
+        cuts = _mapping(cuts)
+        names: list[Any] = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(text, str) for text in (machine, *names)):
+            raise ArtifactError(f"the file is not understood where it says {str(found)[:80]}")
+        if not all(type(cut) is int and cut >= 0 for cut in cuts.values()):
+            raise ArtifactError(f"the file is not understood where it says {str(cuts)[:80]}")
+        return KernelChoices(str(machine), frozenset(names), cuts)
 
     def _mask(self, path: str, shape: Json) -> torch.Tensor:
         bits = self.tensors.get(f"mask:{check_path(path, 'a mask')}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +91,21 @@ class NodeInfo:
     opaque: Opaque | None = None
 
 
+@dataclass(frozen=True)
+class KernelChoices:
+    """How a lowered graph runs fastest on one machine, as `Tune` measured it. Results do not depend on it.
+
+    machine: the processor and the number of threads; anywhere else, the choices are not used.
+    calls: names of nodes that PyTorch's kernels compute, and not those of fxcompress.
+    cuts: shapes of the inputs -> how many of the steps are taken for each image of a batch by itself, before all images
+        take the rest together.
+    """
+
+    machine: str
+    calls: frozenset[str] = frozenset()
+    cuts: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass
 class GraphInfo:
     """What fxcompress knows about a graph as a whole.
@@ -101,6 +116,7 @@ class GraphInfo:
     regions: example inputs of the graph modules inside opaque modules of this graph, by path, see `graph.regions`.
     choice: the pass that chose channels last, and the shapes of the parameters then: asked again, it has no more to do.
     layer: for such a graph module, its path in the caller's model. batch: the batch size of the whole model's example.
+    kernels: how a lowered graph runs fastest, where that was measured.
     """
 
     stage: Stage = Stage.FLOAT
@@ -111,6 +127,7 @@ class GraphInfo:
     layer: str = ""
     batch: int | None = None
     choice: tuple[str, tuple[tuple[str, tuple[int, ...]], ...]] | None = None
+    kernels: KernelChoices | None = None
 
 
 def info(node: fx.Node) -> NodeInfo:

@@ -28,6 +28,7 @@ BUILT_IN: dict[str, str] = {
     "convert-observed": "convert_observed:ConvertObserved",
     "lower": "lower:Lower",
     "lower-float": "lower_float:LowerFloat",
+    "tune": "tune:Tune",
     "quantize": "quantize:Quantize",
     "qat": "qat:QAT",
     "train": "train:Train",

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,6 +58,15 @@ def cpu_features() -> CpuFeatures:
         return found
     forced = _FORCED[wanted]
     return CpuFeatures(forced.kernels and found.kernels, forced.vnni)
+
+
+@functools.cache
+def processor() -> str:
+    """Return the name of the processor."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _has_kernels() -> bool:

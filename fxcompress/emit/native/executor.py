@@ -24,6 +24,8 @@ from fxcompress.emit.native.paging import give_back, page_out
 from fxcompress.emit.native.plan import Plan, PythonCall
 from fxcompress.emit.native.planner import make_plan
 from fxcompress.graph import ops
+from fxcompress.graph.metadata import KernelChoices, graph_info
+from fxcompress.quant.cpu import processor
 
 
 class Unplannable(Exception):
@@ -88,13 +90,15 @@ class Executor:
     Args:
         graph_module: the lowered graph; its tensors must not change as long as the executor is used.
         library: the kernels.
+        choices: what was measured to run fastest; None for what the graph knows, if it is of this machine.
     """
 
     #: Plans kept, for the latest combinations of shapes.
     limit = 64
 
-    def __init__(self, graph_module: fx.GraphModule, library: Library) -> None:
+    def __init__(self, graph_module: fx.GraphModule, library: Library, choices: KernelChoices | None = None) -> None:
         self.graph_module, self.library = graph_module, library
+        self.choices = _choices_of(graph_module) if choices is None else choices
         self.packed = _Packed()
         self.plans: dict[Any, BoundPlan | None] = {}  # None: unplannable
 
@@ -104,7 +108,7 @@ class Executor:
         Raises:
             Unplannable: the graph itself has to run.
         """
-        inputs = _positional(self.graph_module, arguments, keywords) if keywords else list(arguments)
+        inputs = positional(self.graph_module, arguments, keywords) if keywords else list(arguments)
         leaves, structure = tree_flatten(inputs)
         key = (structure, *(_signature(leaf) for leaf in leaves))
         try:
@@ -124,12 +128,13 @@ class Executor:
         """Plan for inputs of these shapes."""
         bound: BoundPlan | None = None
         with contextlib.suppress(Unplannable):
-            inputs = _positional(self.graph_module, tuple(inputs), {})
+            inputs = positional(self.graph_module, tuple(inputs), {})
             recorded = record(self.graph_module, inputs)
-            plan = make_plan(self.graph_module, recorded, self.packed)
+            plan = make_plan(self.graph_module, recorded, self.packed, self.choices.calls)
             images = images_of(plan)
-            single = self._plan_of_one(inputs, recorded, images) if images > 1 else None
-            bound = BoundPlan(plan, self.library, single)
+            cut = self.choices.cuts.get(shapes_of(inputs))
+            single = self._plan_of_one(inputs, recorded, images) if images > 1 and cut != 0 else None
+            bound = BoundPlan(plan, self.library, single, cut=cut)
             self.packed.settle()
         while len(self.plans) >= self.limit:
             self.plans.pop(next(iter(self.plans)), None)
@@ -143,10 +148,25 @@ class Executor:
             recorded_one = record(self.graph_module, one)
             if not keeps_apart(self.graph_module.graph, recorded, recorded_one, images):
                 return None
-            plan = make_plan(self.graph_module, recorded_one, self.packed)
+            plan = make_plan(self.graph_module, recorded_one, self.packed, self.choices.calls)
         except Unplannable:  # sizes are written in the graph that fit no other batch
             return None
         return None if any(isinstance(item, PythonCall) for item in plan.items) else plan
+
+
+def machine() -> str:
+    """Return what choices of kernels are good for: this processor, with so many threads."""
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def shapes_of(inputs: Sequence[Any]) -> str:
+    """Return the shapes of the tensors among inputs in words, for example "16x3x224x224"."""
+    return ", ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+
+
+def _choices_of(graph_module: fx.GraphModule) -> KernelChoices:
+    known = graph_info(graph_module).kernels
+    return known if known is not None and known.machine == machine() else KernelChoices("")
 
 
 class _Packed(dict[Any, Any]):
@@ -182,8 +202,12 @@ class _Packed(dict[Any, Any]):
 _GIVEN_BACK_AT = 1 << 20
 
 
-def _positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
-    """The arguments in the order of the placeholders, with defaults where none are given."""
+def positional(graph_module: fx.GraphModule, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+    """Return the arguments in the order of the placeholders, with defaults where none are given.
+
+    Raises:
+        Unplannable: they are not the graph's arguments.
+    """
     found = list(arguments)
     missing = list(graph_module.graph.find_nodes(op="placeholder"))[len(found) :]
     if keywords.keys() - {str(node.target) for node in missing}:
@@ -309,11 +333,18 @@ def _without_memory(value: Any) -> Any:
 
 
 class BoundPlan:
-    """A plan with its memory laid out, or the part of it from item `start` on."""
+    """A plan with its memory laid out, or the part of it from item `start` on.
 
-    def __init__(self, plan: Plan, library: Library, single: Plan | None = None, start: int = 0) -> None:
+    Args:
+        single: a plan for one image, if it will do for each of a batch.
+        cut: how many of its items to run for each image; None: as `whole_from` says.
+    """
+
+    def __init__(
+        self, plan: Plan, library: Library, single: Plan | None = None, start: int = 0, cut: int | None = None
+    ) -> None:
         self.plan, self.library = plan, library
-        self.single = None if single is None else _ImageByImage(self, BoundPlan(single, library), images_of(plan))
+        self.single = None if single is None else _ImageByImage(self, BoundPlan(single, library), images_of(plan), cut)
         arena = [one for one in plan.buffers if one.place == "arena" and one.first >= 0 and one.last >= start]
         self.offsets, self.size = memory.arrange(arena)
         self.runs = _runs(plan.items[start:])
@@ -326,12 +357,7 @@ class BoundPlan:
         threads = torch.get_num_threads()
         if self.single is not None and self.single.pays(threads):
             return self.single(tensors, threads)
-        room = _taken(self)
-        held: dict[int, torch.Tensor] = dict(zip(self.inputs, tensors, strict=True))
-        for buffer in self.outputs:
-            held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
-        for index, tensor in held.items():
-            room.pointers[index] = tensor.data_ptr()
+        room, held = self.place(tensors)
         for part in self.runs:
             if isinstance(part, PythonCall):
                 self._call(part, room, held)
@@ -343,6 +369,16 @@ class BoundPlan:
         )  # fmt: skip
         self.free.append(room)
         return result
+
+    def place(self, tensors: Sequence[torch.Tensor]) -> tuple[_Memory, dict[int, torch.Tensor]]:
+        """Return memory for one run on these tensors, and the tensors in it that are not of the arena."""
+        room = _taken(self)
+        held: dict[int, torch.Tensor] = dict(zip(self.inputs, tensors, strict=True))
+        for buffer in self.outputs:
+            held[buffer.index] = torch.empty(buffer.bytes + SLACK, dtype=torch.uint8)
+        for index, tensor in held.items():
+            room.pointers[index] = tensor.data_ptr()
+        return room, held
 
     def _call(self, call: PythonCall, room: _Memory, held: dict[int, torch.Tensor]) -> None:
         pick: Callable[[Any], Any] = lambda leaf: room.tensor(leaf, held) if isinstance(leaf, View) else leaf  # noqa: E731
@@ -426,9 +462,11 @@ class _ImageByImage:
     have more weights than images have numbers, these are read once for all images instead.
     """
 
-    def __init__(self, whole: BoundPlan, single: BoundPlan, images: int) -> None:
+    def __init__(self, whole: BoundPlan, single: BoundPlan, images: int, cut: int | None) -> None:
         self.whole, self.single, self.images = whole, single, images
-        cut = whole_from(whole.plan, single.plan, images)
+        if cut is None or not (cut == len(whole.plan.items) or can_be_cut(whole.plan, single.plan, images)):
+            cut = whole_from(whole.plan, single.plan, images)
+        self.cut = cut = min(cut, len(whole.plan.items))
         (self.steps,) = _runs(single.plan.items[:cut]) or [(ctypes.c_void_p * 0)()]
         self.rest = BoundPlan(whole.plan, whole.library, start=cut) if cut < len(whole.plan.items) else None
         views = zip(single.plan.inputs, whole.plan.inputs, strict=True)
@@ -483,13 +521,7 @@ def whole_from(whole: Plan, single: Plan, images: int) -> int:
     is that where kernels wait for the fewest bytes.
     """
     everything = len(whole.items)
-    alike = [type(item) for item in whole.items] == [type(item) for item in single.items] and all(
-        (one.place, images * one.bytes) == (all_.place, all_.bytes) or all_.place == "constant"
-        for one, all_ in zip(single.buffers, whole.buffers, strict=False)
-    )
-    if not alike or len(whole.buffers) != len(single.buffers):
-        return everything
-    if sum(map(_weights, whole.items)) < _AT_HAND:
+    if not can_be_cut(whole, single, images) or sum(map(_weights, whole.items)) < _AT_HAND:
         return everything
     weights = [_weights(item) * _waited_for(item) for item in single.items]
     values = [sum(whole.buffers[place.buffer].bytes for place in _places(item)) for item in whole.items]
@@ -500,6 +532,18 @@ def whole_from(whole: Plan, single: Plan, images: int) -> int:
         if cost <= best:
             best, found = cost, index + 1
     return found
+
+
+def can_be_cut(whole: Plan, single: Plan, images: int) -> bool:
+    """Whether the plans for a batch and for one image are alike, so that any item of one can follow on the other."""
+    return (
+        len(whole.buffers) == len(single.buffers)
+        and [type(item) for item in whole.items] == [type(item) for item in single.items]
+        and all(
+            (one.place, images * one.bytes) == (all_.place, all_.bytes) or all_.place == "constant"
+            for one, all_ in zip(single.buffers, whole.buffers, strict=True)
+        )
+    )
 
 
 #: Bytes of weights that stay in a core's cache from one image to the next.

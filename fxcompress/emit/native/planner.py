@@ -10,7 +10,7 @@ Which kernels a node gets is up to the handler that a table names for its module
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -87,22 +87,34 @@ _CPU = torch.device("cpu")  # of all that a plan computes, whatever it was recor
 _FILLED: dict[str, Callable[..., torch.Tensor]] = {"zeros": torch.zeros, "ones": torch.ones}
 
 
-def make_plan(graph_module: fx.GraphModule, recorded: dict[fx.Node, Any], packed: dict[Any, Any]) -> Plan:
+def make_plan(
+    graph_module: fx.GraphModule,
+    recorded: dict[fx.Node, Any],
+    packed: dict[Any, Any],
+    calls: Collection[str] = (),
+) -> Plan:
     """Plan the calls of a lowered graph whose inputs have certain shapes.
 
     Args:
         graph_module: the graph.
         recorded: what each node made in a call with such inputs; tensors without memory (`meta`) for tensors.
         packed: weights that were packed for other shapes, by layer; filled here.
+        calls: names of nodes that shall be run by Python.
     """
-    return _Planner(graph_module, recorded, packed).run()
+    return _Planner(graph_module, recorded, packed, calls).run()
 
 
 class _Planner:
     """Goes through a graph and notes what each node makes."""
 
-    def __init__(self, graph_module: fx.GraphModule, recorded: dict[fx.Node, Any], packed: dict[Any, Any]) -> None:
-        self.graph_module = graph_module
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        recorded: dict[fx.Node, Any],
+        packed: dict[Any, Any],
+        calls: Collection[str],
+    ) -> None:
+        self.graph_module, self.calls = graph_module, calls
         self.draft = Draft(graph_module.graph, recorded, packed)
 
     def run(self) -> Plan:
@@ -153,7 +165,9 @@ class _Planner:
         return tensor.as_strided(meta.shape, meta.stride(), tensor.storage_offset() + meta.storage_offset())
 
     def _native(self, node: fx.Node) -> Any:
-        """What the kernels for a node make; raises `Unplanned` if there are none."""
+        """What the kernels for a node make; raises `Unplanned` if there are none, or if they are not wanted."""
+        if node.name in self.calls:
+            raise Unplanned
         module = ops.submodule(node) if node.op == "call_module" else None
         if module is not None:
             plan_module = _MODULES.get(type(module))
