@@ -64,6 +64,12 @@ struct Convolution {
     const uint8_t* padding;  // for places outside, as many bytes as the groups take before their run, and that
     const int8_t* weights;
     int64_t group_weights;  // bytes of one group's weights
+    // Pixels are taken class by class; those of a class need the same places of the window, the others are zeros.
+    int64_t classes;
+    const int32_t* order;    // pixels of an image, class by class; null: as they lie
+    const int64_t* ends;     // (classes): of the classes in this order
+    const int32_t* places;   // of the window, class by class
+    const int64_t* borders;  // (classes + 1): of the classes among the places
     Finish finish;
 };
 
@@ -454,17 +460,25 @@ struct Part {
     int64_t lane, channel, count, wide;
 };
 
+// The places of the window that a tile needs, by number (null: all), and where they lie for its pixels.
+struct Window {
+    const int32_t* numbers;
+    int64_t count;
+    const uint8_t* const* places;
+};
+
 template <int MR, int NB>
-__attribute__((noinline)) void tile(const Convolution& c, const Part& part, const uint8_t* const* places,
-                                    const int8_t* ahead, const Limits& limits, uint8_t* const* results,
-                                    const uint8_t* const* residuals) {
-    const int8_t* weights = part.weights;
+__attribute__((noinline)) void tile(const Convolution& c, const Part& part, const Window& window, const int8_t* ahead,
+                                    const Limits& limits, uint8_t* const* results, const uint8_t* const* residuals) {
     const int64_t channel = part.channel;
     __m512i sums[MR][NB];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NB; n++) sums[m][n] = _mm512_setzero_si512();
-    const int64_t taps = c.rows_of_window * c.columns_of_window, steps = c.run / 4;
+    const int64_t steps = c.run / 4;
+    const int8_t* weights = part.weights;
+    const uint8_t* const* places = window.places;
     for (int m = 0; m < MR; m++) __builtin_prefetch(results[m] + channel, 1);  // lines that are about to be written
-    for (int64_t t = 0; t < taps; t++, places += MR) {
+    for (int64_t t = 0; t < window.count; t++, places += MR) {
+        if (window.numbers) weights = part.weights + window.numbers[t] * steps * 64 * NB;
         const uint8_t* p[MR];
         UNROLL for (int m = 0; m < MR; m++) p[m] = places[m] + part.offset;
         for (int64_t k = 0; k < steps; k++, weights += 64 * NB, ahead += 64) {
@@ -525,10 +539,10 @@ __attribute__((noinline)) void tile(const Convolution& c, const Part& part, cons
 }
 
 template <int NB>
-void tiles(const Convolution& c, const Part& part, int pixels, const uint8_t* const* places, const int8_t* ahead,
+void tiles(const Convolution& c, const Part& part, int pixels, const Window& window, const int8_t* ahead,
            const Limits& limits, uint8_t* const* results, const uint8_t* const* residuals) {
 #define CASE(MR) \
-    case MR: return tile<MR, NB>(c, part, places, ahead, limits, results, residuals)
+    case MR: return tile<MR, NB>(c, part, window, ahead, limits, results, residuals)
     if constexpr (NB == 4) {
         switch (pixels) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
     } else if constexpr (NB == 3) {
@@ -551,62 +565,126 @@ constexpr int64_t STRIP = 96 << 10;      // bytes of a strip of pixels, in sourc
 constexpr int64_t GROUPS = 64;           // that share what is looked up for a tile
 constexpr int TILE[5] = {0, 14, 12, 8, 6};  // pixels of a tile by the number of vectors
 
-// Tiles of the pixels [from, to), of sizes as equal as possible, and for each of them the parts, which are equally wide:
-// where the places of a window lie is looked up once for all groups.
-void walk(const Convolution& c, const Part* parts, int64_t count, const Limits& limits, int64_t from, int64_t to,
-          const uint8_t* source, uint8_t* result, const uint8_t* residual) {
+// Tiles of pixels of one class, of sizes as equal as possible, and for each of them the parts, which are equally wide:
+// where the places of a window lie is looked up once for all groups. [from, to) of the class's pixels in all images.
+// ORDERED: whether there are classes, or all pixels as they lie, each with its whole window.
+template <bool ORDERED>
+void walk_class(const Convolution& c, int64_t number, const Part* parts, int64_t count, const Limits& limits,
+                int64_t from, int64_t to, const uint8_t* source, uint8_t* result, const uint8_t* residual) {
     const int64_t wide = parts->wide;
     const Finish& f = c.finish;
-    const int64_t area = c.height * c.width, pieces = (to - from + TILE[wide] - 1) / TILE[wide];
+    const int64_t first = number ? c.ends[number - 1] : 0, last = c.ends[number], each = last - first;
+    const int64_t pieces = (to - from + TILE[wide] - 1) / TILE[wide];
     const int64_t least = (to - from) / pieces, more = (to - from) % pieces;
-    int64_t image = from / area, pixel = from % area;
-    int64_t row = pixel / c.width, column = pixel % c.width;
+    int64_t image = from / each, at = first + from % each, row = 0, column = 0;
+    const int64_t* rows = c.rows;
+    const int64_t* columns = c.columns;
     source += image * c.source.image;
-    result += image * c.result.image + pixel * c.result.pixel;
-    if (residual) residual += image * f.residual.image + pixel * f.residual.pixel;
-    const int64_t* rows = c.rows + row * c.rows_of_window;
-    const int64_t* columns = c.columns + column * c.columns_of_window;
+    result += image * c.result.image;
+    if (residual) residual += image * f.residual.image;
+    if (!ORDERED) {
+        row = at / c.width, column = at % c.width;
+        rows += row * c.rows_of_window, columns += column * c.columns_of_window;
+        result += at * c.result.pixel;
+        if (residual) residual += at * f.residual.pixel;
+    }
     const uint8_t* places[14 * MAX_PLACES];
     uint8_t* results[14];
     const uint8_t* residuals[14];
-    const int64_t piece = c.rows_of_window * c.columns_of_window * (c.run / 4) * 64;  // of weights, fetched by a tile
+    const int32_t* numbers = c.places + c.borders[number];
+    const int64_t every = c.rows_of_window * c.columns_of_window;
+    const int64_t needed = ORDERED ? c.borders[number + 1] - c.borders[number] : every;
+    const Window window{needed < every ? numbers : nullptr, needed, places};
+    int16_t rows_of[ORDERED ? MAX_PLACES : 1], columns_of[ORDERED ? MAX_PLACES : 1];
+    for (int64_t t = 0; ORDERED && t < window.count; t++) {
+        rows_of[t] = numbers[t] / c.columns_of_window;
+        columns_of[t] = numbers[t] % c.columns_of_window;
+    }
+    const int64_t piece = every * (c.run / 4) * 64;  // of weights, fetched by a tile
     for (int64_t i = 0; i < pieces; i++) {
         const int mr = (int)(least + (i < more));
         for (int m = 0; m < mr; m++) {
+            if constexpr (ORDERED) {
+                const uint32_t pixel = c.order[at], y = pixel / (uint32_t)c.width, x = pixel - y * (uint32_t)c.width;
+                rows = c.rows + y * c.rows_of_window, columns = c.columns + x * c.columns_of_window;
+                results[m] = result + pixel * c.result.pixel;
+                if (residual) residuals[m] = residual + pixel * f.residual.pixel;
+            } else {
+                results[m] = result;
+                residuals[m] = residual;
+            }
             const uint8_t** place = places + m;
-            for (int64_t y = 0; y < c.rows_of_window; y++)
-                for (int64_t x = 0; x < c.columns_of_window; x++, place += mr) {
-                    const int64_t offset = rows[y] + columns[x];
-                    *place = offset < 0 ? c.padding : source + offset;
-                }
-            results[m] = result;
-            residuals[m] = residual;
-            result += c.result.pixel;
-            if (residual) residual += f.residual.pixel;
-            columns += c.columns_of_window;
-            if (++column == c.width) {
+            auto look = [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+                const int64_t offset = rows[y] + columns[x];
+                *place = offset < 0 ? c.padding : source + offset;
+                place += mr;
+            };
+            if (ORDERED && window.count < every)
+                for (int64_t t = 0; t < window.count; t++) look(rows_of[t], columns_of[t]);
+            else
+                for (int64_t y = 0; y < c.rows_of_window; y++)
+                    for (int64_t x = 0; x < c.columns_of_window; x++) look(y, x);
+            if constexpr (ORDERED) {
+                if (++at < last) continue;
+                at = first;
+                source += c.source.image;
+                result += c.result.image;
+                if (residual) residual += f.residual.image;
+            } else {
+                result += c.result.pixel;
+                if (residual) residual += f.residual.pixel;
+                columns += c.columns_of_window;
+                if (++column < c.width) continue;
                 column = 0;
                 columns = c.columns;
                 rows += c.rows_of_window;
-                if (++row == c.height) {
-                    row = 0;
-                    rows = c.rows;
-                    source += c.source.image;
-                    result += c.result.image - area * c.result.pixel;
-                    if (residual) residual += f.residual.image - area * f.residual.pixel;
-                }
+                if (++row < c.height) continue;
+                row = 0;
+                rows = c.rows;
+                source += c.source.image;
+                result += c.result.image - each * c.result.pixel;
+                if (residual) residual += f.residual.image - each * f.residual.pixel;
             }
         }
         for (const Part* part = parts; part < parts + count; part++) {
             const int8_t* ahead = part->weights + (i < wide ? wide + i : i % wide) * piece;
             switch (wide) {
-                case 4: tiles<4>(c, *part, mr, places, ahead, limits, results, residuals); break;
-                case 3: tiles<3>(c, *part, mr, places, ahead, limits, results, residuals); break;
-                case 2: tiles<2>(c, *part, mr, places, ahead, limits, results, residuals); break;
-                default: tiles<1>(c, *part, mr, places, ahead, limits, results, residuals);
+                case 4: tiles<4>(c, *part, mr, window, ahead, limits, results, residuals); break;
+                case 3: tiles<3>(c, *part, mr, window, ahead, limits, results, residuals); break;
+                case 2: tiles<2>(c, *part, mr, window, ahead, limits, results, residuals); break;
+                default: tiles<1>(c, *part, mr, window, ahead, limits, results, residuals);
             }
         }
     }
+}
+
+// The pixels [from, to) of all images, class by class.
+void walk(const Convolution& c, const Part* parts, int64_t count, const Limits& limits, int64_t from, int64_t to,
+          const uint8_t* source, uint8_t* result, const uint8_t* residual) {
+    if (!c.order) return walk_class<false>(c, 0, parts, count, limits, from, to, source, result, residual);
+    for (int64_t k = 0, begin = 0; k < c.classes && begin < to; begin = c.images * c.ends[k++]) {
+        const int64_t low = std::max(from, begin), high = std::min(to, c.images * c.ends[k]);
+        if (low < high) walk_class<true>(c, k, parts, count, limits, low - begin, high - begin, source, result, residual);
+    }
+}
+
+// How many places of windows there are to multiply, for all pixels of all images.
+int64_t work(const Convolution& c) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < c.classes; k++)
+        found += c.images * (c.ends[k] - (k ? c.ends[k - 1] : 0)) * (c.borders[k + 1] - c.borders[k]);
+    return found;
+}
+
+// The pixel, in the order in which they are taken, in front of which so much of that work lies.
+int64_t pixel_behind(const Convolution& c, int64_t much) {
+    int64_t begin = 0;
+    for (int64_t k = 0; k < c.classes; begin = c.images * c.ends[k++]) {
+        const int64_t each = c.borders[k + 1] - c.borders[k], pixels = c.images * c.ends[k] - begin;
+        if (much <= pixels * each) return begin + std::max<int64_t>(much, 0) / each;
+        much -= pixels * each;
+    }
+    return begin;
 }
 
 void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int threads) {
@@ -636,7 +714,9 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
         // Each thread has its own pixels, in strips that stay in its cache while all channels are made.
         const int64_t wide = c.groups * (c.run * c.columns_of_window + c.group_out * size);
         const int64_t strip = std::max<int64_t>(48, STRIP / wide / 24 * 24);
-        const int64_t begin = pixels * thread / threads, end = pixels * (thread + 1) / threads;
+        const int64_t all = work(c);
+        const int64_t begin = pixel_behind(c, all * thread / threads);
+        const int64_t end = thread + 1 < threads ? pixel_behind(c, all * (thread + 1) / threads) : pixels;
         for (int64_t from = begin; from < end; from += strip)
             for (int64_t b = 0; b < blocks; b++)
                 for (int64_t g = 0; g < c.groups; g += GROUPS) {
@@ -651,17 +731,17 @@ void convolve(const Convolution& c, uint8_t* const* buffers, int thread, int thr
         return;
     }
     // Each thread has its own weights, as many as it can: shares of the blocks, and of the pixels of the last one.
-    const int64_t total = c.groups * vectors * pixels;
+    const int64_t all = work(c), total = c.groups * vectors * all;
     const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
     int64_t before = 0;
     for (int64_t g = 0; g < c.groups; g++) {
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t wide = vectors / blocks + (b < vectors % blocks);
-            const int64_t from = std::clamp<int64_t>((begin - before) / wide, 0, pixels);
-            const int64_t to = std::clamp<int64_t>((end - before) / wide, 0, pixels);
+            const int64_t from = pixel_behind(c, (begin - before) / wide);
+            const int64_t to = end - before >= wide * all ? pixels : pixel_behind(c, (end - before) / wide);
             const Part one = part(g, b);
             if (from < to && one.count > 0) walk(c, &one, 1, limits, from, to, source, result, residual);
-            before += wide * pixels;
+            before += wide * all;
         }
     }
 }

@@ -59,6 +59,7 @@ class Convolution(Step):
         ("width", _number), ("channels", _number), ("groups", _number), ("group_in", _number), ("group_out", _number),
         ("rows_of_window", _number), ("columns_of_window", _number), ("run", _number), ("rows", _pointer),
         ("columns", _pointer), ("padding", _pointer), ("weights", _pointer), ("group_weights", _number),
+        ("classes", _number), ("order", _pointer), ("ends", _pointer), ("places", _pointer), ("borders", _pointer),
         ("finish", Finish),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from fxcompress.emit.native import packing, steps
 from fxcompress.emit.native.draft import Draft
 from fxcompress.emit.native.handlers.finish import finish_of, result_of
 from fxcompress.emit.native.memory import View
+from fxcompress.emit.native.pixels import PixelClasses, every_place, pixel_classes
 from fxcompress.emit.native.places import place_of, place_of_rows
 from fxcompress.emit.native.plan import Unplanned
 
@@ -63,6 +64,10 @@ def _conv2d(draft: Draft, module: Int8Conv, x: View, residual: View | None, geom
     rows = packing.windows(x.meta.shape[2], kernel[0], stride[0], padding[0], dilation[0], shape[2], row)
     places = 1 if in_rows else kernel[1]
     columns = packing.windows(x.meta.shape[3], places, stride[1], padding[1], dilation[1], shape[3], column)
+    skips = module.input.zero_point == 0  # the padding's bytes then: products with them are zeros
+    classes = pixel_classes(rows == steps.OUTSIDE, columns == steps.OUTSIDE, shape[0]) if skips else (
+        every_place(shape[2] * shape[3], kernel[0] * places)
+    )  # fmt: skip
     step = steps.Convolution(
         source=place_of(x), result=place_of(result), images=shape[0], height=shape[2], width=shape[3],
         channels=module.out_channels, groups=groups, group_in=group_in, group_out=group,
@@ -70,10 +75,19 @@ def _conv2d(draft: Draft, module: Int8Conv, x: View, residual: View | None, geom
         rows=draft.kept(rows.contiguous()), columns=draft.kept(columns.contiguous()),
         padding=draft.kept(torch.full((outside_bytes,), module.input.zero_point, dtype=torch.uint8)),
         weights=draft.kept(weights), group_weights=weights.numel() // groups,
-        finish=finish_of(draft, module, scale, bias, residual),
+        finish=finish_of(draft, module, scale, bias, residual), **_kept(draft, classes),
     )  # fmt: skip
     draft.emit(step, x, result, *([residual] if residual else []))
     return result
+
+
+def _kept(draft: Draft, classes: PixelClasses) -> dict[str, Any]:
+    """The fields of a step that say in which order pixels are taken, and what of their windows is multiplied."""
+    order = None if classes.order is None else draft.kept(classes.order)
+    return {
+        "classes": len(classes.ends), "order": order, "ends": draft.kept(classes.ends),
+        "places": draft.kept(classes.places), "borders": draft.kept(classes.borders),
+    }  # fmt: skip
 
 
 def _residual(draft: Draft, view: View, shape: Sequence[int]) -> View:
@@ -156,6 +170,7 @@ def linear(draft: Draft, module: Int8Linear, x: View, residual: View | None = No
         padding=draft.kept(torch.zeros(packing.CHUNK, dtype=torch.uint8)),
         weights=draft.kept(weights), group_weights=weights.numel(),
         finish=finish_of(draft, module, scale, bias, None if residual is None else added),
+        **_kept(draft, every_place(count, 1)),
     )  # fmt: skip
     draft.emit(step, x, result, *([residual] if residual else []))
     return result
