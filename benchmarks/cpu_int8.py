@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fxcompress.bench import Builder, Workload, compare, compiled, eager, result, with_torch_compile, write_json
@@ -33,6 +34,7 @@ OURS = "fxcompress int8"
 ENGINES: dict[str, Builder] = {
     "float": eager,
     "torch.compile": with_torch_compile,
+    "torch.compile bf16": functools.partial(with_torch_compile, dtype=torch.bfloat16),
     PEERS["torch-ao"].title: PEERS["torch-ao"].build,
     OURS: functools.partial(compiled, passes="fuse, quantize"),
     "fxcompress half int8": functools.partial(

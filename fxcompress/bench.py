@@ -341,9 +341,12 @@ def compact_of(source: Source, passes: str | None) -> CompactModule:
     return compile_model(model, passes, inputs, verify=False, calibration=data)
 
 
-def with_torch_compile(model: nn.Module, inputs: ExampleInputs) -> Callable[[], Any]:
-    """The model compiled by torch.compile."""
-    model, inputs = model.eval().to(memory_format=torch.channels_last), inputs.map(channels_last)
+def with_torch_compile(
+    model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype = torch.float32
+) -> Callable[[], Any]:
+    """The model compiled by torch.compile, with all real numbers of a type."""
+    model = model.eval().to(dtype).to(memory_format=torch.channels_last)
+    inputs = inputs.map(lambda tensor: channels_last(tensor.to(dtype) if tensor.is_floating_point() else tensor))
     return functools.partial(inputs.call, torch.compile(model))
 
 
