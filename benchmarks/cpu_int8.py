@@ -38,7 +38,7 @@ ENGINES: dict[str, Builder] = {
     PEERS["torch-ao"].title: PEERS["torch-ao"].build,
     OURS: functools.partial(compiled, passes="fuse, quantize"),
     "fxcompress half int8": functools.partial(
-        compiled, passes="prune-channels{budget='macs:0.5', round_to=8}, fuse, quantize"
+        compiled, passes="prune-channels{budget='macs:0.5', round_to=64}, fuse, quantize"
     ),
 }
 PEER_ENGINES: dict[str, Builder] = {

@@ -87,8 +87,9 @@ _RECIPES = (
     ),
     Recipe(
         "half-macs",
-        "Channels are removed until half of the multiplications are left; the rest follows the uncompressed network.",
-        "prune-channels{budget=macs:0.5}, distill{epochs=10, learning_rate=0.002, schedule=cosine, alpha=0.9}, fuse",
+        "Channels of convolutions go until half of the MACs are left; the rest follows the uncompressed network.",
+        "prune-channels{budget=macs:0.5, ignore=fc*}, distill{epochs=10, optimiser=sgd, learning_rate=0.03, "
+        "weight_decay=0.0005, schedule=cosine, alpha=0.9}, fuse",
     ),
     Recipe(
         "quarter-macs",
