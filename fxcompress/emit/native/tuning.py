@@ -183,6 +183,7 @@ def _random(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    generator = torch.Generator().manual_seed(0)
     if value.dtype.is_floating_point:
-        return made.uniform_(0.1, 1.0)  # scales of rows among them
-    return made.random_(0, 2 if value.dtype == torch.bool else 128)
+        return made.uniform_(0.1, 1.0, generator=generator)  # scales of rows among them
+    return made.random_(0, 2 if value.dtype == torch.bool else 128, generator=generator)
