@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fxcompress as fxc
@@ -19,6 +22,8 @@ from fxcompress.emit.native import executor, library, tuning
 from fxcompress.emit.native.plan import PythonCall
 from fxcompress.errors import ArtifactError, PassOrderError
 from fxcompress.graph.metadata import KernelChoices, graph_info, info
+from fxcompress.testing import check_pass
+from tests.strategies import Program, example, programs
 
 pytestmark = [
     pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}"),
@@ -191,3 +196,19 @@ def test_real_clocks_choose_something_that_computes_the_same() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(compact(BATCH), plain(BATCH), rtol=0, atol=0.05)
     assert any("us by ours" in text for text in notes(compact, "head"))
+    check_pass(P.Tune(), plain, BATCH)
+
+
+@given(programs(max_steps=8), st.integers(0, 2**31 - 1))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_whatever_the_clock_says_the_model_computes_the_same(model: Program, seed: int) -> None:
+    data = example(4).float()
+    plain = fxc.compile(model.float(), "int8", data, calibration=[data], verify=False)
+    expected = plain(data).detach()
+    assume(1e-3 < float(expected.abs().max()) < 1e4)
+    clock = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning, "in_turns", lambda *calls: [call() for call in calls[:2]] and Pair(1.0, clock.random()))
+        compact = fxc.compile(model.float(), "int8", data, calibration=[data], verify=False, tune=True)
+    noise = (compact(data).detach() - expected).double().square().mean()
+    assert noise == 0 or 10 * torch.log10(expected.double().square().mean() / noise) >= 35

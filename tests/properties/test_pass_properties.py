@@ -38,7 +38,7 @@ FLOAT_PASSES: dict[str, fxc.Pass] = {
     "fuse": P.Fuse(),
     "remember-weights": P.RememberWeights(),
 }
-LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "lower-float", "quantize", "qat"}
+LATER = {"insert-observers", "calibrate", "convert-observed", "lower", "lower-float", "quantize", "qat", "tune"}
 #: Needs another pass before it; `tests/passes/test_iterate.py` holds it to the promises.
 LEANS_ON_ANOTHER = {"rewind-weights"}
 #: A second run of these does something by design: it prunes what is left, or trains on.
