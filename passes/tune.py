@@ -57,7 +57,7 @@ class Tune(Pass):
 def _of_layers(found: tuning.Tuning) -> list[Note]:
     notes = []
     for one in found.layers:
-        ours, theirs = 1e3 * one.pair.dense_ms, 1e3 * one.pair.pruned_ms
+        ours, theirs = 1e3 * one.pair.first_ms, 1e3 * one.pair.second_ms
         by = "PyTorch's" if one.node.name in found.choices.calls else "ours"
         notes.append(Note(layer_of(one.node), f"kernels: {by} ({ours:.0f} us by ours, {theirs:.0f} us by PyTorch's)"))
     return notes

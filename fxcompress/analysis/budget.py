@@ -148,10 +148,10 @@ class Latency:
         batch = int(found["batch"] or 1)
         return cls(ms=number, batch=batch, way=way) if found["unit"] else cls(number, batch=batch, way=way)
 
-    def target(self, dense_ms: float) -> float:
+    def target(self, first_ms: float) -> float:
         """Return the limit in milliseconds, given the latency of the whole network."""
-        limit = self.ms if self.ms is not None else float(self.fraction or 1.0) * dense_ms
-        return limit if self.way is None else self.way.left(dense_ms, min(limit, dense_ms))
+        limit = self.ms if self.ms is not None else float(self.fraction or 1.0) * first_ms
+        return limit if self.way is None else self.way.left(first_ms, min(limit, first_ms))
 
 
 def read_budget(given: object) -> Budget | Latency:

@@ -28,15 +28,15 @@ _STEPS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """Latencies of a dense graph and of a pruned one, in milliseconds, taken in turns so that drift cancels."""
+    """Latencies of two calls, a dense graph and a pruned one for example, in milliseconds, taken in turns."""
 
-    dense_ms: float
-    pruned_ms: float
+    first_ms: float
+    second_ms: float
 
     @property
     def ratio(self) -> float:
-        """The pruned latency as a share of the dense one."""
-        return self.pruned_ms / self.dense_ms
+        """The second latency as a share of the first one; taken in turns, drift cancels."""
+        return self.second_ms / self.first_ms
 
 
 def time_pair(
@@ -54,13 +54,13 @@ def time_pair(
         return in_turns(lambda: inputs.call(dense), lambda: inputs.call(pruned), rounds, seconds)
 
 
-def in_turns(dense: Callable[[], Any], pruned: Callable[[], Any], rounds: int, seconds: float) -> Pair:
+def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int, seconds: float) -> Pair:
     """Time two calls in turns, see `time_pair`."""
-    for call in (dense, pruned):
+    for call in (first, second):
         call()
-    once = max(_seconds(dense, 1) + _seconds(pruned, 1), 1e-6)
+    once = max(_seconds(first, 1) + _seconds(second, 1), 1e-6)
     repeats = max(1, int(seconds / rounds / once))
-    turns = [(_seconds(dense, repeats), _seconds(pruned, repeats)) for _ in range(rounds)]
+    turns = [(_seconds(first, repeats), _seconds(second, repeats)) for _ in range(rounds)]
     median = 1e3 * statistics.median(turn[0] for turn in turns)
     return Pair(median, median * statistics.median(after / before for before, after in turns))
 
@@ -128,7 +128,7 @@ class Search:
             BudgetError: no choice meets the budget; the message says what was reached.
         """
         first = self._try(start, 0.0)
-        dense = Pair(first.dense_ms, first.dense_ms)
+        dense = Pair(first.first_ms, first.first_ms)
         best, best_pair, low, high = start, first if first.ratio <= 1 or start.dead.any() else dense, 0.0, 1.0
         if self._excess(best_pair) <= (TOLERANCE if start.dead.any() else _NEAR_ENOUGH):
             return self._outcome(best, best_pair, 0.0)
@@ -155,13 +155,13 @@ class Search:
 
     def _try(self, plan: ChannelPlan, ratio: float) -> Pair:
         pair = self.measure(plan)
-        self.tried.append({"ratio": ratio, "dense_ms": pair.dense_ms, "pruned_ms": pair.pruned_ms})
-        self.progress(f"latency at ratio {ratio:.3f}: {pair.pruned_ms:.2f} ms", len(self.tried), _STEPS + 1)
+        self.tried.append({"ratio": ratio, "first_ms": pair.first_ms, "second_ms": pair.second_ms})
+        self.progress(f"latency at ratio {ratio:.3f}: {pair.second_ms:.2f} ms", len(self.tried), _STEPS + 1)
         return pair
 
     def _excess(self, pair: Pair) -> float:
         """By what share of the target a latency is above it."""
-        return pair.pruned_ms / self.budget.target(pair.dense_ms) - 1
+        return pair.second_ms / self.budget.target(pair.first_ms) - 1
 
     def _distance(self, pair: Pair) -> tuple[bool, float]:
         """Smaller is better: within the tolerance first, then nearest to the target."""
@@ -169,19 +169,19 @@ class Search:
 
     def _message(self, fastest: Pair) -> str:
         reached = (
-            f"the fastest choice of channels takes {fastest.pruned_ms:.3g} ms"
+            f"the fastest choice of channels takes {fastest.second_ms:.3g} ms"
             if fastest.ratio < 1
             else "no choice of channels is faster than the model as it is, so none was taken"
         )
         return (
-            f"a budget of {self.budget.target(fastest.dense_ms):.3g} ms ({self.budget}) cannot be met within "
-            f"{TOLERANCE:.0%}: {reached}, and the model as it is takes {fastest.dense_ms:.3g} ms. Allow more time, a "
+            f"a budget of {self.budget.target(fastest.first_ms):.3g} ms ({self.budget}) cannot be met within "
+            f"{TOLERANCE:.0%}: {reached}, and the model as it is takes {fastest.first_ms:.3g} ms. Allow more time, a "
             f"smaller round_to or fewer ignored layers"
         )
 
     def _outcome(self, plan: ChannelPlan, pair: Pair, ratio: float) -> Outcome:
         metrics = {
-            "target_ms": self.budget.target(pair.dense_ms), "latency_ms": pair.pruned_ms, "dense_ms": pair.dense_ms,
+            "target_ms": self.budget.target(pair.first_ms), "latency_ms": pair.second_ms, "first_ms": pair.first_ms,
             "batch": self.budget.batch, "ratio": ratio, "tried": self.tried,
         }  # fmt: skip
         return Outcome(plan, metrics)

@@ -168,8 +168,8 @@ class _Return:
         size = next((size for size in sizes if not self._is_slower(old, self._at(new, size, produces))), full)
         if axis is not None and self._grow(axis, size):
             pair = self.known[old, new]
-            text = f"{size} of {full} channels kept: with {kept} it takes {pair.pruned_ms:.3g} ms, before "
-            self.notes[str(node.target)] = Note(str(node.target), f"{text}{pair.dense_ms:.3g} ms")
+            text = f"{size} of {full} channels kept: with {kept} it takes {pair.second_ms:.3g} ms, before "
+            self.notes[str(node.target)] = Note(str(node.target), f"{text}{pair.first_ms:.3g} ms")
 
     def _is_slower(self, old: LayerShape, new: LayerShape) -> bool:
         if new == old:

@@ -48,7 +48,7 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer by itself: milliseconds by our kernels and, as `pruned_ms`, by PyTorch's."""
+    """One layer by itself: first by our kernels, second by PyTorch's."""
 
     node: fx.Node
     pair: Pair
