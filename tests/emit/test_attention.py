@@ -17,13 +17,12 @@ import fxcompress as fxc
 from fxcompress import passes as P
 from fxcompress.emit.compact_module import CompactModule
 from fxcompress.emit.cpu_int8 import Int8Attention
-from fxcompress.emit.native import library
 from fxcompress.emit.native.plan import PythonCall
 from fxcompress.graph import ops
 from fxcompress.quant.arithmetic import signal_to_noise
 from fxcompress.quant.attention import fake_quantize_attention
+from tests.kernels import NEEDED
 
-native = pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
 QDQ = "fuse, fuse-activation, insert-observers, calibrate, convert-observed"
 
 
@@ -63,7 +62,7 @@ def by_graph(compact: CompactModule, *inputs: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@native
+@NEEDED
 @given(
     st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]), st.integers(1, 70), st.integers(1, 90), st.integers(1, 3),
     st.sampled_from(["none", "numbers", "booleans", "rows", "causal"]), st.integers(1, 3), st.integers(0, 99),

@@ -13,12 +13,12 @@ from torch import fx, nn
 
 import fxcompress as fxc
 from fxcompress.emit.compact_module import CompactModule
-from fxcompress.emit.native import library
 from fxcompress.emit.native.batches import keeps_apart
 from fxcompress.emit.native.plan import PythonCall
 from fxcompress.quant.arithmetic import signal_to_noise
+from tests.kernels import NEEDED
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+pytestmark = NEEDED
 
 
 def compiled(model: nn.Module, x: torch.Tensor) -> CompactModule:

@@ -31,6 +31,7 @@ from fxcompress.quant import oracle
 from fxcompress.quant.cpu import VARIABLE
 from fxcompress.quant.rows import quantize_rows
 from fxcompress.quant.spec import Grid
+from tests.kernels import NEEDED
 
 SIGNED = Grid(0.03125, 128)
 ACTIVATIONS: dict[tuple[Any, ...] | None, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -122,7 +123,7 @@ def test_linear_layers_equal_exact_arithmetic(
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@NEEDED
 @pytest.mark.parametrize("largest", [255, 15])
 def test_kernels_measure_rows_bit_for_bit_as_pytorch_does(largest: int) -> None:
     root, graph = nn.Module(), fx.Graph()
@@ -175,7 +176,7 @@ def test_inputs_need_not_lie_row_by_row(kind: Any) -> None:
             agree(compact(x), products(layer, x), 5, None)
 
 
-@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@NEEDED
 @pytest.mark.parametrize("kind", LINEAR)
 def test_kernels_leave_nothing_to_python_and_take_samples_one_by_one(kind: Any) -> None:
     layer = filled(kind(24, 40, True))
@@ -261,7 +262,7 @@ def test_rows_of_signed_numbers_are_refused() -> None:
         QuantizeRows(-128, 127)
 
 
-@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@NEEDED
 @pytest.mark.parametrize(
     ("shape", "one_by_one"), [((4, 300), False), ((4, 1, 300), False), ((4, 6, 300), True), ((4, 30), True)]
 )

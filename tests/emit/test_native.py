@@ -31,7 +31,6 @@ from fxcompress.emit.cpu_int8 import (
     Int8Affine,
     Int8AvgPool,
     Int8Conv,
-    Int8Layer,
     Int8Linear,
     Int8MaxPool,
     Int8Mul,
@@ -41,66 +40,19 @@ from fxcompress.emit.native import executor, library, memory, packing, steps
 from fxcompress.emit.native.memory import Buffer, arrange
 from fxcompress.errors import InputError, OptionError
 from fxcompress.quant.spec import Grid
+from tests.kernels import NEEDED, POSITIVE, SIGNED, assert_same, by_graph, chain, filled, numbers, planned
 from tests.strategies import Program, example, programs
 
 pytestmark = [
-    pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}"),
+    NEEDED,
     pytest.mark.xdist_group("native"),
 ]
 
-SIGNED, POSITIVE = Grid(0.03125, 128), Grid(0.0234375, 0)
 ACTIVATIONS: list[tuple[Any, ...] | None] = [
     None, ("clamp", 0.0, None), ("clamp", 0.0, 6.0), ("clamp", -1.0, 2.0), ("hardswish",), ("silu",), ("gelu", "none"),
     ("gelu", "tanh"), ("leaky_relu", 0.1), ("tanh",),
 ]  # fmt: skip
 OUTPUTS = [None, Grid(0.0625, 0), Grid(0.046875, 120), Grid(0.05, 130, 10, 240)]
-
-
-def chain(*modules: nn.Module, inputs: int = 1) -> CompactModule:
-    """A graph that calls modules one after the other; the first one with all inputs."""
-    root, graph = nn.Module(), fx.Graph()
-    value: Any = tuple(graph.placeholder(f"x{index}") for index in range(inputs))
-    for index, module in enumerate(modules):
-        root.add_module(f"layer{index}", module.eval())
-        value = (graph.call_module(f"layer{index}", value),)
-    graph.output(value[0])
-    return CompactModule(root, graph)
-
-
-def filled(layer: Int8Layer, seed: int) -> Int8Layer:
-    generator = torch.Generator().manual_seed(seed)
-    layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape, generator=generator))
-    layer.weight_scale.copy_(torch.rand(len(layer.weight_scale), generator=generator) * 1e-3 + 1e-4)
-    if layer.bias is not None:
-        layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator))
-    return layer
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def by_graph(compact: CompactModule, *inputs: torch.Tensor) -> Any:
-    twin = copy.deepcopy(compact)
-    twin.executor = "graph"
-    return twin(*(tensor.clone(memory_format=torch.preserve_format) for tensor in inputs))
-
-
-def assert_same(compact: CompactModule, *inputs: torch.Tensor) -> None:
-    """Kernels and graph agree: bytes up to the rounding of a number between two integers."""
-    expected = by_graph(compact, *inputs)
-    for turn in range(2):  # the second call has a plan
-        found = compact(*inputs)
-        assert found.shape == expected.shape
-        assert found.dtype == expected.dtype
-        if found.dtype == torch.uint8:
-            gap = (found.int() - expected.int()).abs()
-            assert gap.max() <= 1, f"call {turn}"
-            assert (gap > 0).sum() <= 3 + 0.02 * gap.numel()
-        else:
-            # sums of products of the size of one cancel
-            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * max(1.0, float(expected.abs().max())))
-    assert planned(compact)
 
 
 def assert_alike(compact: CompactModule, *inputs: torch.Tensor) -> None:
@@ -109,11 +61,6 @@ def assert_alike(compact: CompactModule, *inputs: torch.Tensor) -> None:
     for _ in range(2):
         noise = (compact(*inputs) - expected).square().mean()
         assert noise == 0 or 10 * torch.log10(expected.square().mean() / noise) >= 35
-
-
-def planned(compact: CompactModule) -> bool:
-    made = compact._native.made
-    return made is not None and any(plan is not None for plan in made.plans.values())
 
 
 def python_calls(compact: CompactModule) -> list[str]:
@@ -929,7 +876,8 @@ def test_joined_groups_read_no_further_than_there_is_room(groups: int, group_out
 GUARDED = """
 import ctypes, mmap, sys
 import torch
-from tests.emit.test_native import SIGNED, Int8Conv, Int8Linear, chain, filled, by_graph
+from fxcompress.emit.cpu_int8 import Int8Conv, Int8Linear
+from tests.kernels import SIGNED, chain, filled, by_graph
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 17 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

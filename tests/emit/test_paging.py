@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress.emit.native import library
 from fxcompress.emit.native.paging import page_out
+from tests.kernels import NEEDED
 
 
 def test_a_tensor_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ print(compact._native.made is not None, resident() - before, peak() - before)
 """
 
 
-@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@NEEDED
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(512, 512, 3, padding=1) for _ in range(8))).eval()

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxcompress.emit.cpu_int8 import Int8Conv
-from fxcompress.emit.native import library, steps
+from fxcompress.emit.native import steps
 from fxcompress.emit.native.packing import windows
 from fxcompress.emit.native.pixels import PixelClasses, every_place, pixel_classes
-from tests.emit.test_native import POSITIVE, SIGNED, assert_same, chain, filled, numbers
+from tests.kernels import NEEDED, POSITIVE, SIGNED, assert_same, chain, filled, numbers
 
 
 @st.composite
@@ -65,7 +65,7 @@ def test_where_little_is_outside_pixels_stay_in_their_order() -> None:
     assert pixel_classes(inside, inside, 1).order is None
 
 
-@pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}")
+@NEEDED
 @pytest.mark.parametrize("grid", [POSITIVE, SIGNED])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("residual", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from fxcompress.emit.native.plan import PythonCall
 from fxcompress.errors import ArtifactError, PassOrderError
 from fxcompress.graph.metadata import KernelChoices, graph_info, info
 from fxcompress.testing import check_pass
+from tests.kernels import NEEDED
 from tests.strategies import Program, example, programs
 
 pytestmark = [
-    pytest.mark.skipif(library.library() is None, reason=f"no kernels: {library.unavailable()}"),
+    NEEDED,
     pytest.mark.xdist_group("native"),
 ]
 
@@ -174,13 +174,24 @@ def test_damaged_choices_are_refused(kernels: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(artifact, "_describe_kernels", lambda _: kernels)
     with pytest.raises(ArtifactError, match="is not understood where it says"):
         compact.save(tmp_path / "model.fxc")
-    assert json.dumps(kernels)
 
 
 def test_without_kernels_the_report_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXCOMPRESS_NATIVE", "off")
     compact = fxc.compile(net(), "int8", BATCH, calibration=[BATCH], tune=True)
     assert notes(compact, "tune") == ["nothing to choose: FXCOMPRESS_NATIVE=off"]
+
+
+def test_a_graph_whose_shapes_depend_on_numbers_runs_node_by_node() -> None:
+    class Chosen(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.one(x))
+            return x[x > 0.5]
+
+    compact = fxc.compile(Chosen().eval(), "int8", BATCH, calibration=[BATCH], tune=True)
+    (note,) = notes(compact, "tune")
+    assert "depends on more than the shapes" in note
+    assert graph_info(compact).kernels is None
 
 
 def test_a_graph_that_is_not_lowered_has_nothing_to_tune() -> None:
