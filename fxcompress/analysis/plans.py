@@ -336,17 +336,15 @@ class _Blocks:
         order = np.argsort(means, kind="stable")
         certain = int(np.searchsorted(np.cumsum(self.size[order]), most, "right"))
         taken = np.bincount(self.owner[order[:certain]], minlength=len(self.ends))  # blocks of every family
-        left, full = most - int(self.size[order[:certain]].sum()), set[int]()
+        left = most - int(self.size[order[:certain]].sum())
         for owner in self.owner[order[certain:]].tolist():
             if left <= 0:
                 break
             ends = self.ends[owner]
             size = int(ends[taken[owner]] - (ends[taken[owner] - 1] if taken[owner] else 0))
-            if owner in full or size > left:
-                full.add(owner)
-                continue
-            taken[owner] += 1
-            left -= size
+            if size <= left:  # where it is not, no later block of the family goes either: this one stays the next
+                taken[owner] += 1
+                left -= size
         return np.array([int(end[count - 1]) if count else 0 for end, count in zip(self.ends, taken, strict=True)])
 
 
