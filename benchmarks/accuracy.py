@@ -8,14 +8,15 @@ is not run again, so that a benchmark that was stopped goes on; trained networks
 `*-networks`. Torch-Pruning (extra `bench`) takes channels out of the same ResNet-20 down to the MACs of `half-macs`,
 and its networks are fine-tuned by the same passes on the same batches.
 
-Recipes of several processes are started with torchrun. Latency is that of one image on one thread, each network in turn
-with the float one.
+Recipes of several processes are started with torchrun; `several-processes:2` is the recipe with another number of them.
+Latency is that of one image on one thread, each network in turn with the float one.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -45,9 +46,12 @@ PEERS = {"torch-pruning": True, "torch-pruning layer-wise": False}
 #: The recipe that Torch-Pruning is compared with.
 OPPONENT = "half-macs"
 
+#: A recipe for several processes, what is run with fewer, and what with one.
+SHARED, FEWER, ALONE = "several-processes", "several-processes:2", "several-processes:1"
+
 #: What is run on each network unless something else is said.
 DEFAULT = {
-    "baby-cnn": (FLOAT, *RECIPES),
+    "baby-cnn": (FLOAT, *RECIPES, FEWER, ALONE),
     "resnet-20": (FLOAT, OPPONENT, *PEERS, "ptq", "qat"),
 }
 
@@ -149,6 +153,10 @@ def claims(summaries: Sequence[Summary]) -> Iterator[Claim]:
         yield Claim(
             "prune-qat-distill: share of the bytes", baby["prune-qat-distill"].file_bytes / baby[FLOAT].file_bytes, 0.1
         )
+    for name in (SHARED, FEWER):
+        if name in baby and ALONE in baby:
+            apart = 100 * abs(baby[name].accuracy - baby[ALONE].accuracy)
+            yield Claim(f"{name}: points away from one process", apart, 100 * baby[ALONE].spread)
     for name in PEERS:
         if name in residual and OPPONENT in residual:
             lead = 100 * (residual[OPPONENT].accuracy - residual[name].accuracy)
@@ -156,6 +164,23 @@ def claims(summaries: Sequence[Summary]) -> Iterator[Claim]:
 
 
 # Running
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """Return the recipe of a name such as "ptq" or "several-processes:2"; None for what is no recipe.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name in (FLOAT, *PEERS):
+        return None
+    word, _, count = name.partition(":")
+    recipe = find_recipe(word)
+    if not count:
+        return recipe
+    if not count.isdecimal() or int(count) < 1:
+        raise OptionError(f"{name!r}: behind the colon stands a number of processes, such as 2, not {count!r}")
+    return dataclasses.replace(recipe, name=name, processes=int(count))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -202,7 +227,7 @@ class Benchmark:
         folder = self.path.with_name(f"{self.path.stem}-networks")
         study = trained(network, data, seed, options.epochs, folder / f"{network.name}-{data.name}-{seed}-{digest}.fxc")
         for name in missing:
-            recipe = RECIPES.get(name)
+            recipe = recipe_of(name)
             if recipe is not None and recipe.processes > processes.count():
                 self._start(recipe, network, seed)
             else:
@@ -210,7 +235,8 @@ class Benchmark:
 
     def _has(self, network: str, data: str, seed: int, name: str, text: Callable[[str], str]) -> bool:
         """Whether a row is there, made by the same passes; Torch-Pruning's tell of the ratio, which is found."""
-        passes = NETWORKS[network].passes if name == FLOAT else RECIPES[name].passes if name in RECIPES else None
+        recipe = recipe_of(name)
+        passes = recipe.passes if recipe is not None else NETWORKS[network].passes if name == FLOAT else None
         return any(
             (row.network, row.data, row.seed, row.recipe) == (network, data, seed, name)
             and (passes is None or row.passes == text(passes))
@@ -220,8 +246,9 @@ class Benchmark:
     def _row(self, study: Study, name: str) -> Row:
         if name == FLOAT:
             return study.float_row()
-        if name in RECIPES:
-            return study.run(RECIPES[name])[0]
+        recipe = recipe_of(name)
+        if recipe is not None:
+            return study.run(recipe)[0]
         place = (study.network.name, study.data.name, study.seed, OPPONENT)
         own = [one for one in read_rows(self.path) if (one.network, one.data, one.seed, one.recipe) == place]
         if not own:
@@ -281,8 +308,7 @@ def main() -> None:
     benchmark = Benchmark(options)
     try:
         for name in options.recipes or ():
-            if name not in (FLOAT, *PEERS):
-                find_recipe(name)
+            recipe_of(name)
         for seed in options.seeds:
             for word in options.networks:
                 network = find_network(word)

@@ -133,10 +133,10 @@ _RECIPES = (
     ),
     Recipe(
         "several-processes",
-        "Two processes share every batch, agree on channels and scales, and make one network.",
+        "Four processes share every batch, agree on channels and scales, and make one network.",
         "prune-channels{budget=macs:0.5}, train{epochs=2, learning_rate=0.001, schedule=cosine}, "
         "qat{train=distill{epochs=1, learning_rate=0.0003, schedule=cosine, alpha=0.9}}",
-        processes=2,
+        processes=4,
     ),
 )
 

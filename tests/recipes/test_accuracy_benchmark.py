@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,32 @@ def test_mistakes_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path = tmp_path / "other.json"
     with pytest.raises(SystemExit, match="no recipe 'ptqq'; did you mean 'ptq'"):
         run(monkeypatch, path, "ptqq")
+    with pytest.raises(SystemExit, match="a number of processes, such as 2, not 'two'"):
+        run(monkeypatch, path, "several-processes:two")
     path.write_text("{}")
     with pytest.raises(SystemExit, match="is no file of this benchmark"):
         run(monkeypatch, path, "ptq")
 
 
+def test_a_recipe_runs_with_another_number_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "median_seconds", lambda call, seconds: 1.0)
+    monkeypatch.setitem(NETWORKS, "baby-cnn", dataclasses.replace(NETWORKS["baby-cnn"], width=12, student=7))
+    started: list[str] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: started.append(" ".join(command)))
+    path = tmp_path / "accuracy.json"
+    [row] = run(monkeypatch, path, "several-processes:1")
+    assert (row["recipe"], row["processes"], started) == ("several-processes:1", 1, [])
+    assert run(monkeypatch, path, "several-processes", "several-processes:2", "several-processes:1") == [row]
+    [four, two] = started
+    assert "--nproc_per_node 4 " in four
+    assert "--recipes several-processes --networks" in four
+    assert "--nproc_per_node 2 " in two
+    assert "--recipes several-processes:2 --networks" in two
+
+
 def summary(recipe: str, share: float, lost: float | None = None, network: str = "baby-cnn") -> Summary:
-    return Summary(recipe, network, "fashion-mnist", 3, share, share, share, lost, 1, 0, 1, 100, 1, 1)
+    low, high = (share - 0.001, share + 0.001) if recipe == "several-processes:1" else (share, share)
+    return Summary(recipe, network, "fashion-mnist", 3, share, low, high, lost, 1, 0, 1, 100, 1, 1)
 
 
 def test_claims_hold_or_fail() -> None:
@@ -76,6 +96,8 @@ def test_claims_hold_or_fail() -> None:
         summary("float", 0.92, 0.0), summary("ptq", 0.9165, 0.0035), summary("qat", 0.9195, 0.0005),
         summary("iterative", 0.91, 0.01), summary("one-shot", 0.909, 0.011), summary("student-alone", 0.91, 0.01),
         summary("distillation", 0.912, 0.008), summary("prune-qat-distill", 0.915, 0.005),
+        summary("several-processes", 0.9115), summary("several-processes:2", 0.9145),
+        summary("several-processes:1", 0.912),
         summary("half-macs", 0.93, None, "resnet-20"), summary("torch-pruning", 0.929, None, "resnet-20"),
     ]  # fmt: skip
     holds = {claim.text: claim.holds for claim in accuracy.claims(found)}
@@ -87,6 +109,8 @@ def test_claims_hold_or_fail() -> None:
         "iterative: at least 0.0 points above one-shot": True,
         "distillation: at least 0.3 points above student-alone": False,
         "prune-qat-distill: share of the bytes": False,
+        "several-processes: points away from one process": True,
+        "several-processes:2: points away from one process": False,
         "resnet-20, half-macs: not below torch-pruning": True,
     }
 

@@ -320,7 +320,7 @@ def test_recipes_are_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert code == 0
     for recipe in RECIPES.values():
         assert f"{recipe.name}{launch.remark(recipe)}\n    {recipe.sentence}\n" in output
-    assert "several-processes  [torchrun --standalone --nproc_per_node 2 -m fxcompress recipes several" in output
+    assert "several-processes  [torchrun --standalone --nproc_per_node 4 -m fxcompress recipes several" in output
     code, output, _ = call(monkeypatch, capsys, "--show", "qat")
     assert code == 0
     lines = output.splitlines()
@@ -363,7 +363,7 @@ def test_a_mistake_is_one_message(
     assert message in errors
 
 
-def test_two_processes_make_one_network(
+def test_four_processes_make_one_network(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(fxc.__file__).parents[1]))
@@ -377,5 +377,5 @@ def test_two_processes_make_one_network(
 
 def test_processes_that_fail_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
-    with pytest.raises(ProcessError, match="the 2 processes of 'several-processes' ended with an error"):
+    with pytest.raises(ProcessError, match="the 4 processes of 'several-processes' ended with an error"):
         launch.run([RECIPES["several-processes"]], launch.Trial("baby-cnn", "mnist", 0, 1, 64, tmp_path))
