@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import fx
@@ -29,6 +29,9 @@ class Iterate(Pass):
        are removed behind the last training. Training computes masked channels until then.
     3. With `rewind`, all weights go back to their values at the start of this pass after every step, masked ones to
        zero. To rewind to an early point of training, train up to there in front of this pass.
+
+    4. What draws at random while training draws anew in every step: seeds go up by one. A step that is shorter than an
+       epoch sees other batches than the one before it, where the order of the data follows the seed.
 
     Without rewinding, every step trains on with a new optimiser and the schedule of its learning rate from the
     beginning (learning rate rewinding: Renda, Frankle and Carbin, 2020).
@@ -70,13 +73,13 @@ class Iterate(Pass):
         """Return the passes of all steps, in order."""
         passes: list[Pass] = [RememberWeights()] if self.rewind else []
         if self.train_first:
-            passes += self.train
+            passes += (_with_other_seed(item, self.steps) for item in self.train)
         for step in range(1, self.steps + 1):
             gradual, once = self._sorted(Way(self.schedule, round(step / self.steps, 6)))
             passes += gradual
             if self.rewind:
                 passes.append(RewindWeights())
-            passes += self.train
+            passes += (_with_other_seed(item, step - 1) for item in self.train)
         return (*passes, *once)
 
     def _sorted(self, way: Way) -> tuple[list[Pass], list[Pass]]:
@@ -94,6 +97,13 @@ class Iterate(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """A group is run part by part."""
         raise UnsupportedError("Iterate stands for several passes: run it with a PassManager, or run its parts()")
+
+
+def _with_other_seed(item: Any, step: int) -> Pass:
+    """The pass as it is in a step, counted from 0."""
+    draws = any(option.name == "seed" and option.init for option in fields(item))
+    changed: Pass = replace(item, seed=item.seed + step) if draws and step else item
+    return changed
 
 
 def _leaves(item: Pass) -> Iterator[Pass]:

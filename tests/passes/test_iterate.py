@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.utils.data import DataLoader, Dataset
 
 import fxcompress as fxc
 from fxcompress import passes as P
@@ -109,18 +111,41 @@ def test_budgets_on_the_way_lie_between() -> None:
 def test_the_group_is_its_steps() -> None:
     item = P.Iterate(P.MaskWeights(0.8), P.Train(epochs=2), steps=2, schedule="linear")
     assert print_pipeline(list(item.parts())) == (
-        "mask-weights{amount=0.4}, train{epochs=2}, mask-weights{amount=0.8}, train{epochs=2}"
+        "mask-weights{amount=0.4}, train{epochs=2}, mask-weights{amount=0.8}, train{epochs=2, seed=1}"
     )
     item = P.Iterate("prune-channels{budget=macs:0.25}", steps=2, rewind=True, train_first=True)
     assert print_pipeline(list(item.parts())) == (
-        "remember-weights, train, mask-channels{budget=macs:0.25:cubic:0.5}, rewind-weights, train, "
-        "mask-channels{budget=macs:0.25}, rewind-weights, train, remove-channels"
+        "remember-weights, train{seed=2}, mask-channels{budget=macs:0.25:cubic:0.5}, rewind-weights, train, "
+        "mask-channels{budget=macs:0.25}, rewind-weights, train{seed=1}, remove-channels"
     )
     item = P.Iterate([P.PruneChannels(ratios={"conv2": 0.5}), P.MaskWeights(0.5)], ["train", "fuse"], 2, "linear")
     assert print_pipeline(list(item.parts())) == (
         "mask-channels{ratios=[conv2:0.25]}, mask-weights{amount=0.25}, train, fuse, "
-        "mask-channels{ratios=[conv2:0.5]}, mask-weights, train, fuse, remove-channels"
+        "mask-channels{ratios=[conv2:0.5]}, mask-weights, train{seed=1}, fuse, remove-channels"
     )
+
+
+def test_short_steps_see_different_batches() -> None:
+    class Numbered(Dataset[tuple[torch.Tensor, int]]):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            self.seen.append(index)
+            return X[index % 16], index % 4
+
+    def batches(item: P.Iterate) -> list[frozenset[int]]:
+        data = Numbered()
+        fxc.compile(Net().eval(), [item], X, train_data=DataLoader(data, batch_size=4, shuffle=True))
+        return [frozenset(data.seen[start : start + 4]) for start in range(0, len(data.seen), 4)]
+
+    item = P.Iterate(P.MaskWeights(0.5), P.Train(steps=1, seed=5), steps=4)
+    assert len(set(batches(item))) == 4
+    assert batches(item) == batches(item)
+    assert set(batches(item)) != set(batches(replace(item, train=P.Train(steps=1, seed=50))))
 
 
 @pytest.mark.parametrize(
