@@ -22,7 +22,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from torch import nn
 from fxcompress import processes
 from fxcompress.bench import write_json
 from fxcompress.errors import FxCompressError, MissingExtraError, OptionError
+from fxcompress.pipeline.base import Pass
 from fxcompress.pipeline.text import print_pipeline
 from fxcompress.recipes.catalogue import RECIPES, Recipe, find_recipe, prepared
 from fxcompress.recipes.data import load_data
@@ -63,11 +64,21 @@ def peer(study: Study, name: str, macs: int) -> Row:
     """Prune with Torch-Pruning to a number of MACs, and fine-tune as the recipe does."""
     started = time.perf_counter()
     ratio, pruned = nearest(study, PEERS[name], macs)
+    compact = study.compile(pruned, fine_tuning(study))
+    text = f"torch_pruning.MagnitudePruner(p=2, global_pruning={PEERS[name]}, pruning_ratio={ratio:.4f})"
+    text += behind_peer(study, macs)
+    return study.measure(name, text, compact, time.perf_counter() - started, None)
+
+
+def fine_tuning(study: Study) -> list[Pass]:
+    """Return the passes of our recipe, but for the pruning."""
     own = prepared(RECIPES[OPPONENT].passes, seed=study.seed, epochs=study.epochs, teacher=study.model)
-    tail = [item for item in own if item.name != "prune-channels"]
-    compact = study.compile(pruned, tail)
-    text = f"torch_pruning.MagnitudePruner(p=2, global_pruning={PEERS[name]}, pruning_ratio={ratio:.4f}), "
-    return study.measure(name, text + print_pipeline(tail), compact, time.perf_counter() - started, None)
+    return [item for item in own if item.name != "prune-channels"]
+
+
+def behind_peer(study: Study, macs: int) -> str:
+    """Return how the text of a peer's row goes on behind its pruner."""
+    return f" to {macs} MACs, {print_pipeline(fine_tuning(study))}"
 
 
 def nearest(study: Study, together: bool, macs: int) -> tuple[float, nn.Module]:
@@ -219,29 +230,36 @@ class Benchmark:
         """Make the rows of one network that are not there yet."""
         options = self.options
         data = load_data(options.data, seed, options.samples)
-        text = Study(network, data, seed, nn.Identity(), options.epochs).text
-        missing = [name for name in names if not self._has(network.name, data.name, seed, name, text)]
-        if not missing:
+        untrained = Study(network, data, seed, nn.Identity(), options.epochs)
+        if all(self._has(untrained, name) for name in names):
             return
-        digest = hashlib.blake2b(text(network.passes).encode(), digest_size=4).hexdigest()
+        digest = hashlib.blake2b(untrained.text(network.passes).encode(), digest_size=4).hexdigest()
         folder = self.path.with_name(f"{self.path.stem}-networks")
         study = trained(network, data, seed, options.epochs, folder / f"{network.name}-{data.name}-{seed}-{digest}.fxc")
-        for name in missing:
+        for name in names:
+            if self._has(study, name):
+                continue
             recipe = recipe_of(name)
             if recipe is not None and recipe.processes > processes.count():
                 self._start(recipe, network, seed)
             else:
                 self._add(self._row(study, name))
 
-    def _has(self, network: str, data: str, seed: int, name: str, text: Callable[[str], str]) -> bool:
-        """Whether a row is there, made by the same passes; Torch-Pruning's tell of the ratio, which is found."""
+    def _has(self, study: Study, name: str) -> bool:
+        """Whether a row is there, made by the same passes, and a peer's with as many MACs as our recipe has left."""
+        row = self._find(study, name)
+        if name in PEERS:
+            own = self._find(study, OPPONENT)
+            return row is not None and own is not None and row.passes.endswith(behind_peer(study, own.macs))
         recipe = recipe_of(name)
-        passes = recipe.passes if recipe is not None else NETWORKS[network].passes if name == FLOAT else None
-        return any(
-            (row.network, row.data, row.seed, row.recipe) == (network, data, seed, name)
-            and (passes is None or row.passes == text(passes))
-            for row in read_rows(self.path)
-        )
+        passes = study.network.passes if recipe is None else recipe.passes
+        return row is not None and row.passes == study.text(passes)
+
+    def _find(self, study: Study, name: str) -> Row | None:
+        """Return the row of that name, if the file has it."""
+        place = (study.network.name, study.data.name, study.seed, name)
+        rows = [one for one in read_rows(self.path) if (one.network, one.data, one.seed, one.recipe) == place]
+        return rows[-1] if rows else None
 
     def _row(self, study: Study, name: str) -> Row:
         if name == FLOAT:
@@ -249,11 +267,10 @@ class Benchmark:
         recipe = recipe_of(name)
         if recipe is not None:
             return study.run(recipe)[0]
-        place = (study.network.name, study.data.name, study.seed, OPPONENT)
-        own = [one for one in read_rows(self.path) if (one.network, one.data, one.seed, one.recipe) == place]
-        if not own:
+        own = self._find(study, OPPONENT)
+        if own is None:
             raise OptionError(f"{name!r} is compared with {OPPONENT!r}, which has not run: name both")
-        return peer(study, name, own[-1].macs)
+        return peer(study, name, own.macs)
 
     def _add(self, row: Row) -> None:
         """Write a row in the place of an older one, after each: what has been measured is not lost."""

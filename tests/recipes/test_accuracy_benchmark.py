@@ -127,6 +127,31 @@ def test_torch_pruning_gets_no_less_to_work_with(monkeypatch: pytest.MonkeyPatch
     assert macs_left(ratio) == 500
 
 
+def test_peers_run_again_when_our_recipe_has_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "median_seconds", lambda call, seconds: 1.0)
+    monkeypatch.setitem(NETWORKS, "baby-cnn", dataclasses.replace(NETWORKS["baby-cnn"], width=12, student=7))
+    monkeypatch.setattr(accuracy, "nearest", lambda study, together, macs: (0.3, study.model))
+    path = tmp_path / "accuracy.json"
+
+    def both() -> tuple[dict[str, Any], dict[str, Any]]:
+        own, other = run(monkeypatch, path, "half-macs", "torch-pruning")
+        return own, other
+
+    own, other = both()
+    assert f"pruning_ratio=0.3000) to {own['macs']} MACs, distill{{" in other["passes"]
+    assert "prune-channels" not in other["passes"]
+    assert both() == (own, other)
+    recipe = RECIPES["half-macs"]
+    for old, new in (("macs:0.5", "macs:0.6"), ("alpha=0.9", "alpha=0.8")):
+        recipe = dataclasses.replace(recipe, passes=recipe.passes.replace(old, new))
+        monkeypatch.setitem(RECIPES, "half-macs", recipe)
+        before, (own, other) = other, both()
+        assert f" to {own['macs']} MACs, " in other["passes"]
+        assert other["passes"] != before["passes"]
+    with pytest.raises(SystemExit, match="is compared with 'half-macs', which has not run: name both"):
+        run(monkeypatch, tmp_path / "new.json", "torch-pruning")
+
+
 def test_rows_of_the_file_are_read_back(tmp_path: Path) -> None:
     row = Row("ptq", "baby-cnn", "mnist", 0, 0.9, 10, 0.0, 20, 30, 1.0, 2.0, 3.0, "fuse", 2)
     accuracy.write_rows(tmp_path / "rows.json", [row])
