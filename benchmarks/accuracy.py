@@ -247,13 +247,14 @@ class Benchmark:
 
     def _has(self, study: Study, name: str) -> bool:
         """Whether a row is there, made by the same passes, and a peer's with as many MACs as our recipe has left."""
-        row = self._find(study, name)
+        row, own, recipe = self._find(study, name), self._find(study, OPPONENT), recipe_of(name)
+        if row is None:
+            return False
+        if recipe is not None:
+            return (row.passes, row.processes) == (study.text(recipe.passes), recipe.processes)
         if name in PEERS:
-            own = self._find(study, OPPONENT)
-            return row is not None and own is not None and row.passes.endswith(behind_peer(study, own.macs))
-        recipe = recipe_of(name)
-        passes = study.network.passes if recipe is None else recipe.passes
-        return row is not None and row.passes == study.text(passes)
+            return own is not None and row.passes.endswith(behind_peer(study, own.macs))
+        return row.passes == study.text(study.network.passes)
 
     def _find(self, study: Study, name: str) -> Row | None:
         """Return the row of that name, if the file has it."""

@@ -76,14 +76,14 @@ _RECIPES = (
     ),
     Recipe(
         "one-shot",
-        "80 % of the weights become zero at once, with all fine-tuning behind it.",
-        "mask-weights{amount=0.8}, train{epochs=6, learning_rate=0.0003, schedule=cosine}, fuse",
+        "80 % of the weights of each layer become zero at once, with all fine-tuning behind it.",
+        "mask-weights{amount=0.8, scope=layer}, train{epochs=6, learning_rate=0.001, schedule=cosine}, fuse",
     ),
     Recipe(
         "iterative",
-        "80 % of the weights become zero in three steps, each with a third of the same fine-tuning behind it.",
-        "iterate{prune=mask-weights{amount=0.8}, train=train{epochs=2, learning_rate=0.0003, schedule=cosine}, "
-        "steps=3}, fuse",
+        "80 % of the weights of each layer become zero in three steps; half of the same fine-tuning is between them.",
+        "iterate{prune=mask-weights{amount=0.8, scope=layer}, train=train{epochs=1, learning_rate=0.001}, steps=3}, "
+        "train{epochs=3, learning_rate=0.001, schedule=cosine}, fuse",
     ),
     Recipe(
         "half-macs",

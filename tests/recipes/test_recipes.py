@@ -137,7 +137,7 @@ def test_the_seed_reaches_whatever_draws(study: Study) -> None:
     assert isinstance(mask, P.MaskWeights)
     assert isinstance(train, P.Train)
     assert (mask.seed, train.seed) == (5, 5)
-    [iterate, _] = prepared(RECIPES["iterative"].passes, seed=7, epochs=9)
+    iterate, *_ = prepared(RECIPES["iterative"].passes, seed=7, epochs=9)
     assert isinstance(iterate, P.Iterate)
     assert (iterate.train[0].seed, iterate.train[0].epochs, iterate.prune[0].seed) == (7, 9, 7)
     recipe = Recipe("drawn", "", "mask-weights{amount=0.5, method=random}")
