@@ -167,7 +167,8 @@ def claims(summaries: Sequence[Summary]) -> Iterator[Claim]:
     for name in (SHARED, FEWER):
         if name in baby and ALONE in baby:
             apart = 100 * abs(baby[name].accuracy - baby[ALONE].accuracy)
-            yield Claim(f"{name}: points away from one process", apart, 100 * baby[ALONE].spread)
+            seeds = 100 * (baby[ALONE].highest - baby[ALONE].lowest)
+            yield Claim(f"{name}: points away from one process, whose seeds are as far from each other", apart, seeds)
     for name in PEERS:
         if name in residual and OPPONENT in residual:
             lead = 100 * (residual[OPPONENT].accuracy - residual[name].accuracy)

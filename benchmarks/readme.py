@@ -62,6 +62,19 @@ def cpu_int8(document: Document) -> str:
     return table(["ms", *engines], body)
 
 
+def accuracy(document: Document) -> str:
+    """What every recipe gave: means over the seeds, and half of the distance between the best and the worst."""
+    body = []
+    for row in document["results"]["summaries"]:
+        lost = "" if row["lost"] is None or row["recipe"] == "float" else f"{100 * row['lost']:+.2f}"
+        body.append(
+            [f"{row['network']}, {row['recipe']}", f"{100 * row['accuracy']:.2f} ± {100 * row['spread']:.2f}", lost,
+             f"{row['parameters'] / 1e3:.0f} k", f"{row['macs'] / 1e6:.2f} M", f"{row['file_bytes'] / 1e3:.0f} kB",
+             f"{row['ratio']:.2f}"]
+        )  # fmt: skip
+    return table(["", "accuracy, %", "points lost", "parameters", "MACs", "file", "times as fast"], body)
+
+
 def compile_time(document: Document) -> str:
     """Seconds of compiling, by model."""
 
@@ -135,7 +148,7 @@ def coverage(document: Document) -> str:
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
-    "demo": demo, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers,
+    "demo": demo, "accuracy": accuracy, "coverage": coverage, "cpu_int8": cpu_int8, "cpu_peers": peers,
     "encoders": cpu_int8, "memory": memory, "soak": soak, "compile_time": compile_time,
 }  # fmt: skip
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -99,8 +100,19 @@ def percent(summary: Summary) -> str:
     return f"{mean} ± {100 * summary.spread:.2f} %" if summary.seeds > 1 else f"{mean} %"
 
 
+#: What accuracy is drawn against: the words at the axis, and the figure.
+_AGAINST: tuple[tuple[str, Callable[[Summary], float]], ...] = (
+    ("size of the file, kB", lambda one: one.file_bytes / 1e3),
+    ("millions of MACs for an image", lambda one: one.macs / 1e6),
+    ("time of an image, of the float network's", lambda one: 1 / one.ratio),
+)
+
+#: Float networks, those with single weights that are zero, and others.
+_DARK, _ORANGE, _BLUE = "#26323f", "#c2703d", "#2a78b5"
+
+
 def plot(summaries: Sequence[Summary], path: Path) -> None:
-    """Draw accuracy against the size of the file, one panel for each network and data set, into .png, .svg or .pdf.
+    """Draw accuracy against size, MACs and time, one row for each network and data set, into .png, .svg or .pdf.
 
     Bars go from the worst to the best seed.
 
@@ -112,41 +124,74 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "plot", "the plot of the recipes") from None
-    panels: dict[tuple[str, str], list[Summary]] = {}
+    rows: dict[tuple[str, str], list[Summary]] = {}
     for summary in summaries:
-        panels.setdefault((summary.network, summary.data), []).append(summary)
-    if not panels:
+        rows.setdefault((summary.network, summary.data), []).append(summary)
+    if not rows:
         raise OptionError("no recipe has run: there is nothing to plot")
-    figure = Figure(figsize=(8.5, 5.2 * len(panels)), layout="constrained")
-    for index, ((network, data), shown) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(len(panels), 1, index)
-        axes.set_title(f"{network} on {data}: accuracy against size", fontsize=11)
-        axes.set_xlabel("size of the file, kB")
-        axes.set_ylabel("accuracy, %")
-        axes.set_xscale("log")
-        axes.grid(color="#e3e7ec", linewidth=0.6)
-        axes.set_axisbelow(True)
-        _draw(axes, shown)
+    figure = Figure(figsize=(15, 5 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, ((network, data), shown) in zip(parts, rows.items(), strict=True):
+        part.suptitle(f"{network} on {data}", fontsize=11)
+        shown.sort(key=lambda one: -one.accuracy)
+        panels = part.subplots(1, len(_AGAINST), sharey=True)
+        panels[0].set_ylabel("accuracy, %")
+        for axes, (words, figure_of) in zip(panels, _AGAINST, strict=True):
+            axes.set_xlabel(words)
+            _draw(axes, shown, [figure_of(one) for one in shown])
+        part.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False,
+            handlelength=1.2, title="orange: single weights are zero", title_fontsize=8,
+        )  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot write the plot {str(path)!r}: {error}") from error
 
 
-def _draw(axes: object, shown: Sequence[Summary]) -> None:
-    """Draw points with bars and numbers; the legend says which recipe a number is."""
-    for number, one in enumerate(sorted(shown, key=lambda one: -one.accuracy), start=1):
-        x, y = one.file_bytes / 1e3, 100 * one.accuracy
-        colour = "#26323f" if one.recipe == FLOAT else "#2a78b5" if one.sparsity < 0.005 else "#c2703d"
+def _draw(axes: Any, shown: Sequence[Summary], places: Sequence[float]) -> None:
+    """Draw points with bars; the legend says which recipe a number is."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#e3e7ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for number, (one, x) in enumerate(zip(shown, places, strict=True), start=1):
+        y = 100 * one.accuracy
+        colour = _DARK if one.recipe == FLOAT else _BLUE if one.sparsity < 0.005 else _ORANGE
         bars = [[y - 100 * one.lowest], [100 * one.highest - y]]
-        axes.errorbar(  # type: ignore[attr-defined]
-            x, y, yerr=bars, fmt="o", color=colour, capsize=2, linewidth=1,
+        axes.errorbar(
+            x, y, yerr=bars, fmt="o", markersize=5, color=colour, capsize=2, linewidth=1,
             label=f"{number}  {one.recipe}  {percent(one)}",
         )  # fmt: skip
-        axes.annotate(  # type: ignore[attr-defined]
-            str(number), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour
-        )
-    axes.legend(  # type: ignore[attr-defined]
-        loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, handlelength=1.2
+    axes.margins(0.1)
+    axes.autoscale_view()  # now, not when it is drawn: places on the page are needed
+    points = axes.transAxes.inverted().transform(
+        axes.transData.transform([(x, 100 * one.accuracy) for one, x in zip(shown, places, strict=True)])
     )
+    for numbers in _together([(float(x), float(y)) for x, y in points]):
+        first = numbers[0]
+        at_the_edge = points[first][0] > 0.8
+        axes.annotate(
+            ", ".join(str(number + 1) for number in numbers), (places[first], 100 * shown[first].accuracy),
+            textcoords="offset points", xytext=(-5 if at_the_edge else 5, 4), fontsize=8,
+            ha="right" if at_the_edge else "left",
+        )  # fmt: skip
+
+
+def _together(points: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Group points (shares of the width and height) whose numbers would lie on each other, in their order."""
+    groups: list[list[int]] = []
+    for index, (x, y) in enumerate(points):
+        for group in groups:
+            left, top = points[group[0]]
+            if abs(left - x) < 0.08 and abs(top - y) < 0.04:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups

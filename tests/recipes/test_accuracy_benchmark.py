@@ -109,8 +109,8 @@ def test_claims_hold_or_fail() -> None:
         "iterative: at least 0.0 points above one-shot": True,
         "distillation: at least 0.3 points above student-alone": False,
         "prune-qat-distill: share of the bytes": False,
-        "several-processes: points away from one process": True,
-        "several-processes:2: points away from one process": False,
+        "several-processes: points away from one process, whose seeds are as far from each other": True,
+        "several-processes:2: points away from one process, whose seeds are as far from each other": False,
         "resnet-20, half-macs: not below torch-pruning": True,
     }
 

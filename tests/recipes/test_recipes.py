@@ -21,7 +21,7 @@ from fxcompress import passes as P
 from fxcompress.demo import Digits
 from fxcompress.errors import InputError, OptionError, ProcessError
 from fxcompress.pipeline.text import parse, print_pipeline
-from fxcompress.recipes import launch, runs
+from fxcompress.recipes import figures, launch, runs
 from fxcompress.recipes.catalogue import RECIPES, Recipe, as_python, find_recipe, pipeline_lines, prepared
 from fxcompress.recipes.data import ImageData, load_data
 from fxcompress.recipes.figures import plot, summarise, table
@@ -289,6 +289,11 @@ def test_figures_are_means_over_seeds_with_their_spread() -> None:
     shown = table(summarise(ROWS))
     assert list(shown.columns[3].cells) == ["91.00 ± 1.00 %", "89.50 ± 1.50 %", "80.00 %"]
     assert list(shown.columns[4].cells) == ["", "+1.50", ""]
+
+
+def test_numbers_that_would_lie_on_each_other_stand_together() -> None:
+    points = [(0.1, 0.9), (0.5, 0.9), (0.52, 0.88), (0.1, 0.5), (0.13, 0.91)]
+    assert figures._together(points) == [[0, 4], [1, 2], [3]]
 
 
 def test_the_plot_is_drawn_and_names_every_recipe(tmp_path: Path) -> None:
