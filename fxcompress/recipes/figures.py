@@ -20,7 +20,8 @@ class Summary:
     """One recipe on one network and data set, over all seeds; means, in the units of `Row`.
 
     lowest, highest: accuracies. lost: mean over the seeds of the accuracy of the float network minus this one's; None
-    where the float network was not measured. ratio: median of the time of the float network over this one's.
+    where the float network was not measured. milliseconds: the shortest of all seeds, as other work on a machine only
+    adds to times. ratio: the shortest time of the float network, beside any recipe, over that.
     """
 
     recipe: str
@@ -53,11 +54,17 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
         (row.network, row.data, row.seed): row.accuracy
         for group in groups.values() for row in group if row.recipe == FLOAT
     }  # fmt: skip
-    return [_summary(group, references) for group in groups.values()]
+    return [_summary(group, references, _fastest_float(group[0], groups.values())) for group in groups.values()]
 
 
-def _summary(rows: Sequence[Row], references: dict[tuple[str, str, int], float]) -> Summary:
-    first = rows[0]
+def _fastest_float(one: Row, groups: Iterable[Sequence[Row]]) -> float:
+    """The shortest time of the network as it was trained, in milliseconds."""
+    place = (one.network, one.data)
+    return min(row.float_milliseconds for group in groups for row in group if (row.network, row.data) == place)
+
+
+def _summary(rows: Sequence[Row], references: dict[tuple[str, str, int], float], of_float: float) -> Summary:
+    first, fastest = rows[0], min(row.milliseconds for row in rows)
     accuracies = [row.accuracy for row in rows]
     lost = [
         references[place] - row.accuracy
@@ -68,8 +75,7 @@ def _summary(rows: Sequence[Row], references: dict[tuple[str, str, int], float])
         first.recipe, first.network, first.data, len(rows), statistics.fmean(accuracies), min(accuracies),
         max(accuracies), statistics.fmean(lost) if lost else None, statistics.fmean(row.parameters for row in rows),
         statistics.fmean(row.sparsity for row in rows), statistics.fmean(row.macs for row in rows),
-        statistics.fmean(row.file_bytes for row in rows), statistics.fmean(row.milliseconds for row in rows),
-        statistics.median(row.float_milliseconds / row.milliseconds for row in rows),
+        statistics.fmean(row.file_bytes for row in rows), fastest, of_float / fastest,
     )  # fmt: skip
 
 
@@ -84,7 +90,7 @@ def table(summaries: Iterable[Summary]) -> Table:
             str(one.seeds),
             percent(one),
             "" if one.lost is None or one.recipe == FLOAT else f"{100 * one.lost:+.2f}",
-            f"{one.sparsity:.0%}" if one.sparsity >= 0.005 else "",
+            f"{one.sparsity:.0%}" if _is_sparse(one) else "",
             amount(round(one.parameters)),
             amount(round(one.macs)),
             f"{one.file_bytes / 1e3:.1f} kB",
@@ -92,6 +98,11 @@ def table(summaries: Iterable[Summary]) -> Table:
             f"{one.ratio:.2f}",
         )
     return made
+
+
+def _is_sparse(summary: Summary) -> bool:
+    """Whether more single weights are zero than come out so by rounding."""
+    return summary.sparsity >= 0.005
 
 
 def percent(summary: Summary) -> str:
@@ -141,7 +152,8 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
             _draw(axes, shown, [figure_of(one) for one in shown])
         part.legend(
             *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False,
-            handlelength=1.2, title="orange: single weights are zero", title_fontsize=8,
+            handlelength=1.2, title="orange: single weights are zero" if any(map(_is_sparse, shown)) else None,
+            title_fontsize=8,
         )  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +174,7 @@ def _draw(axes: Any, shown: Sequence[Summary], places: Sequence[float]) -> None:
     axes.set_axisbelow(True)
     for number, (one, x) in enumerate(zip(shown, places, strict=True), start=1):
         y = 100 * one.accuracy
-        colour = _DARK if one.recipe == FLOAT else _BLUE if one.sparsity < 0.005 else _ORANGE
+        colour = _DARK if one.recipe == FLOAT else _ORANGE if _is_sparse(one) else _BLUE
         bars = [[y - 100 * one.lowest], [100 * one.highest - y]]
         axes.errorbar(
             x, y, yerr=bars, fmt="o", markersize=5, color=colour, capsize=2, linewidth=1,
